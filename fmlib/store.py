@@ -1,8 +1,8 @@
 """Files that are whole or absent, and names for their content.
 
-Floor 1: knows nothing of models or images. Everything the project writes goes through here: a file or
-folder appears under its final name in one rename, tensors carry the metadata they were computed with,
-and `digest` gives the content hash that manifests quote.
+Floor 1: knows nothing of models or images. Everything the project writes goes through here: a
+file or folder appears under its final name in one rename, tensors carry the metadata they were
+computed with, and `digest` gives the content hash that manifests quote.
 """
 
 import dataclasses
@@ -58,9 +58,9 @@ def digest(obj: Any) -> str:
     """Stable hex sha256 of a value: same content, same digest, on any machine and in any process.
 
     Takes None, bool, int, float, str, bytes, paths, NumPy scalars and arrays, tensors, dataclasses,
-    and lists, tuples, sets and dicts of these. Dicts and sets do not depend on their order; a list and
-    a tuple of the same items are equal; 1, 1.0 and True differ. Arrays count with dtype and shape but
-    neither with memory layout nor device.
+    and lists, tuples, sets and dicts of these. Dicts and sets do not depend on their order; a
+    list and a tuple of the same items are equal; 1, 1.0 and True differ. Arrays count with dtype
+    and shape but neither with memory layout nor device.
 
     Raises:
         TypeError: for any other type (named), rather than hashing a memory address.
@@ -133,9 +133,9 @@ def _feed(hasher: Any, obj: Any) -> None:
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it onto `path` if the block ends well.
 
-    The temporary name keeps the suffix, since many writers choose the format by it, and begins with a
-    dot. On any exception, KeyboardInterrupt included, it is removed and `path` is as it was; a killed
-    process leaves at most the dot file. Missing parent folders are made.
+    The temporary name keeps the suffix, since many writers choose the format by it, and begins
+    with a dot. On any exception, KeyboardInterrupt included, it is removed and `path` is as it
+    was; a killed process leaves at most the dot file. Missing parent folders are made.
 
     Raises:
         FileNotFoundError: the block wrote nothing.
@@ -157,8 +157,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield an empty temporary folder beside `path`; rename it onto `path` if the block ends well.
 
-    An existing folder at `path` is replaced as a whole: none of its files survive, and it is put back
-    if the last rename fails. On any exception the temporary folder is removed.
+    An existing folder at `path` is replaced as a whole: none of its files survive, and it is put
+    back if the last rename fails. On any exception the temporary folder is removed.
 
     Raises:
         FileExistsError: `path` exists and is not a folder.
@@ -215,8 +215,9 @@ def _plain(obj: Any, where: str) -> Any:
         return [_plain(item, f"{where}[{i}]") for i, item in enumerate(obj)]
     if isinstance(obj, os.PathLike):
         return Path(obj).as_posix()
-    if hasattr(obj, "isoformat"):  # datetime, pandas.Timestamp
-        text = obj.isoformat()
+    moment = getattr(obj, "isoformat", None)  # datetime, pandas.Timestamp
+    if callable(moment):
+        text = moment()
         return None if text == "NaT" else text
     if type(obj).__name__ == "NAType":  # pandas.NA
         return None
@@ -226,8 +227,8 @@ def _plain(obj: Any, where: str) -> Any:
 def write_json(path: str | os.PathLike[str], obj: Any) -> None:
     """Write `obj` as JSON, atomically, keys in the order given, two-space indent, UTF-8.
 
-    NumPy and pandas scalars, arrays, tensors, paths, dates and dataclasses become their plain forms.
-    NaN (an undefined value) is written as null.
+    NumPy and pandas scalars, arrays, tensors, paths, dates and dataclasses become their plain
+    forms. NaN (an undefined value) is written as null.
 
     Raises:
         ValueError: an infinite number, a key that is not text or a type without a JSON form; the
@@ -264,8 +265,8 @@ def save_tensors(
 ) -> None:
     """Write named tensors and JSON-able `metadata` to one safetensors file, atomically.
 
-    Tensors are moved to the CPU and detached; views and tensors that share memory are allowed (each is
-    written in full). The file holds numbers and text only: reading it runs no code.
+    Tensors are moved to the CPU and detached; views and tensors that share memory are allowed
+    (each is written in full). The file holds numbers and text only: reading it runs no code.
     """
     seen: set[int] = set()
     plain: dict[str, torch.Tensor] = {}
@@ -287,8 +288,8 @@ def load_tensors(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read `(tensors, metadata)` as written by `save_tensors`.
 
-    With `expect`, each of its keys must be in the metadata with an equal value (compared as JSON, so a
-    tuple equals a list); this is checked before any tensor is read.
+    With `expect`, each of its keys must be in the metadata with an equal value (compared as JSON,
+    so a tuple equals a list); this is checked before any tensor is read.
 
     Raises:
         MismatchError: names the differing key, the expected and the found value.
