@@ -1,0 +1,520 @@
+"""How far features move when an object moves (Lee, Yang & Wang 2020, experiment 1).
+
+An object is pasted at every position of a grid on a plain canvas; the features of each picture are
+compared, by their cosine, with the features at five reference positions. Pictures are composed on
+the encoder's device and features are reduced to cosines batch by batch, so memory does not grow
+with the number of positions.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from . import extract, taps
+from .encoders import Encoder
+
+__all__ = [
+    "REFERENCES",
+    "Floors",
+    "Grid",
+    "ShiftMaps",
+    "centre_cosine",
+    "compose",
+    "features",
+    "floors",
+    "global_cosine",
+    "grid",
+    "paint",
+    "prepare",
+    "references",
+    "sweep",
+]
+
+#: The five reference positions, in the order of axis 1 of :attr:`ShiftMaps.cosine`.
+REFERENCES = ("top left", "top right", "centre", "bottom left", "bottom right")
+_CENTRE = REFERENCES.index("centre")
+_CORNERS = [i for i in range(len(REFERENCES)) if i != _CENTRE]
+
+Pool = Literal["mean", "flatten"]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Positions of an object's top-left corner on a square canvas, all in pixels."""
+
+    positions: Tensor  #: (P, 2) int64, (y, x), row by row
+    shape: tuple[int, int]  #: (R, C) with R·C = P
+    canvas: int
+    size: int
+    stride: int
+
+    @property
+    def offsets(self) -> list[int]:
+        """The R coordinates along one axis (the grid is square)."""
+        return list(range(0, self.canvas - self.size + 1, self.stride))
+
+
+@dataclass(frozen=True)
+class ShiftMaps:
+    """Cosines of one layer, for O objects, 5 references and a grid of R×C positions."""
+
+    cosine: Tensor  #: (O, 5, R, C) float32
+    grid: Grid
+    references: Tensor  #: (5, 2) int64 positions (y, x) of `REFERENCES`
+    wiggle: Tensor  #: (O,) mean |Δ cosine to the centre| per pixel
+    profile: Tensor  #: (O, 2, L) cosine to the centre along a 1-px line: vertical, horizontal
+    profile_offsets: Tensor  #: (L,) int64 displacement from the centre reference in pixels
+
+
+@dataclass(frozen=True)
+class Floors:
+    """What the cosine is when the object is another one, or none. One layer, O objects."""
+
+    between: Tensor  #: (O, O) cosine of objects i and j, both at the centre
+    empty: Tensor  #: (O,) cosine of object i at the centre and the empty canvas
+
+
+def _whole(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number of pixels, at least 1, not {value!r}")
+    return value
+
+
+def _room(canvas: int, size: int) -> int:
+    """Largest offset of the object on the canvas."""
+    _whole("canvas", canvas)
+    _whole("size", size)
+    if size > canvas:
+        raise ValueError(f"an object of {size} px does not fit on a canvas of {canvas} px")
+    return canvas - size
+
+
+def grid(canvas: int, size: int, stride: int = 1) -> Grid:
+    """Every position of a `size` px object that lies wholly on the canvas, each `stride` px.
+
+    At stride 1, 224 px and 125 px these are the 100² positions of Lee et al. (2020), §3.
+
+    Raises:
+        ValueError: the object is larger than the canvas, `stride` is not a positive whole number,
+            or the grid would have a single position.
+    """
+    room = _room(canvas, size)
+    _whole("stride", stride)
+    if room < stride:
+        raise ValueError(
+            f"an object of {size} px on a canvas of {canvas} px with stride {stride} has a single "
+            f"position: stride must be at most {room}"
+            if room
+            else f"an object of {size} px fills the canvas of {canvas} px: it has a single position"
+        )
+    line = torch.arange(0, room + 1, stride)
+    positions = torch.cartesian_prod(line, line)
+    return Grid(positions, (len(line), len(line)), canvas, size, stride)
+
+
+def references(canvas: int, size: int) -> Tensor:
+    """(5, 2) positions (y, x) of `REFERENCES`: the four extremes and `side // 2 - 1`.
+
+    `side` is the number of stride-1 positions along an axis, so that a coarse grid is compared with
+    the very references of the exhaustive one.
+    """
+    last = _room(canvas, size)
+    middle = max((last + 1) // 2 - 1, 0)
+    return torch.tensor([[0, 0], [0, last], [middle, middle], [last, 0], [last, last]])
+
+
+def prepare(obj: Tensor, size: int) -> Tensor:
+    """An RGBA cut-out (4, h, w) resized to (4, size, size); straight alpha, float32 in [0, 1].
+
+    The aspect ratio is not kept, as in Lee et al. Colours are resized premultiplied by alpha and
+    antialiased: otherwise the invisible colour of transparent pixels bleeds into a dark fringe.
+
+    Raises:
+        ValueError: no alpha channel, wrong shape, not a finite number in [0, 1], or an empty mask.
+    """
+    _whole("size", size)
+    _check_object(obj)
+    alpha = obj[3:]
+    layers = torch.cat([obj[:3] * alpha, alpha])[None].float()
+    layers = F.interpolate(
+        layers, (size, size), mode="bilinear", antialias=True, align_corners=False
+    )[0].clamp(0, 1)
+    alpha = layers[3:]
+    colour = torch.where(alpha > 0, layers[:3] / alpha.clamp_min(1e-12), 0.0).clamp(0, 1)
+    return torch.cat([colour, alpha])
+
+
+def _check_object(obj: Any) -> None:
+    if not isinstance(obj, Tensor) or obj.ndim != 3:
+        shape = tuple(obj.shape) if hasattr(obj, "shape") else type(obj).__name__
+        raise ValueError(f"an object is a tensor of shape (4, h, w), not {shape}")
+    if obj.shape[0] != 4:
+        raise ValueError(
+            f"an object needs an alpha channel, shape (4, h, w): this one is {tuple(obj.shape)}"
+        )
+    if not obj.is_floating_point():
+        raise ValueError(f"an object is float in [0, 1], not {obj.dtype}")
+    if not (torch.isfinite(obj).all() and obj.min() >= 0 and obj.max() <= 1):
+        raise ValueError("an object must be finite and lie in [0, 1]")
+    if not (obj[3] > 0).any():
+        raise ValueError("the mask is empty: alpha is 0 everywhere")
+
+
+def paint(
+    background: str | float | Sequence[float] | Tensor,
+    canvas: int,
+    *,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """A canvas (3, canvas, canvas), float32 in [0, 1].
+
+    Args:
+        background: a colour name or code ("white", "grey", "#808080"), a grey level, three levels
+            (r, g, b), or a photograph (3, canvas, canvas); all levels in [0, 1].
+        canvas: side in pixels.
+        device: where the result lies.
+
+    Raises:
+        ValueError: an unknown colour name, a level outside [0, 1], or a photograph of another size.
+    """
+    _whole("canvas", canvas)
+    if isinstance(background, str):
+        from PIL import ImageColor
+
+        try:
+            levels = [level / 255 for level in ImageColor.getrgb(background)[:3]]
+        except ValueError:
+            close = difflib.get_close_matches(background.lower(), ImageColor.colormap, n=3)
+            hint = f"; did you mean {', '.join(close)}?" if close else ""
+            raise ValueError(
+                f"unknown background {background!r}: a CSS colour name or #rrggbb{hint}"
+            ) from None
+        colour = torch.tensor(levels)
+    else:
+        colour = torch.as_tensor(background, dtype=torch.float32)
+    if colour.ndim == 0:
+        colour = colour.expand(3)
+    if colour.shape == (3,):
+        colour = colour[:, None, None].expand(3, canvas, canvas)
+    if colour.shape != (3, canvas, canvas):
+        raise ValueError(
+            f"a background is a colour or an image of shape (3, {canvas}, {canvas}), "
+            f"not {tuple(colour.shape)}"
+        )
+    if not (torch.isfinite(colour).all() and colour.min() >= 0 and colour.max() <= 1):
+        raise ValueError("a background must be finite and lie in [0, 1]")
+    return colour.to(device=device, dtype=torch.float32).contiguous()
+
+
+def compose(
+    obj: Tensor,
+    positions: Tensor,
+    *,
+    canvas: int = 224,
+    background: str | float | Sequence[float] | Tensor = "white",
+) -> Tensor:
+    """The object pasted at each position: (P, 3, canvas, canvas), channels-last in memory.
+
+    Args:
+        obj: (4, h, w) RGBA with straight alpha, float in [0, 1]; stays at its size.
+        positions: (P, 2) whole numbers (y, x) of the object's top-left corner.
+        canvas: side in pixels.
+        background: see :func:`paint`.
+
+    Raises:
+        ValueError: a bad object, or a position where it would leave the canvas.
+    """
+    _check_object(obj)
+    height, width = obj.shape[1:]
+    _room(canvas, max(height, width))
+    if positions.ndim != 2 or positions.shape[1] != 2 or positions.is_floating_point():
+        raise ValueError(
+            f"positions are whole numbers (P, 2), not {positions.dtype} {tuple(positions.shape)}"
+        )
+    limit = positions.new_tensor([canvas - height, canvas - width])
+    outside = ((positions < 0) | (positions > limit)).any(1)
+    if outside.any():
+        first = tuple(positions[outside][0].tolist())
+        raise ValueError(f"at position (y, x) = {first} the object leaves the canvas")
+    return _paste(obj.float(), positions, paint(background, canvas, device=obj.device))
+
+
+def _paste(obj: Tensor, positions: Tensor, background: Tensor) -> Tensor:
+    """`compose` without the checks: one gather and one scatter for all positions."""
+    height, width = obj.shape[1:]
+    positions = positions.to(obj.device)
+    count = len(positions)
+    out = background.permute(1, 2, 0).expand(count, *background.shape[1:], 3).contiguous()
+    index = torch.arange(count, device=obj.device)[:, None, None]
+    rows = positions[:, :1, None] + torch.arange(height, device=obj.device)[:, None]
+    columns = positions[:, 1:, None] + torch.arange(width, device=obj.device)
+    alpha = obj[3:].permute(1, 2, 0)
+    front = obj[:3].permute(1, 2, 0) * alpha
+    # Advanced indexing on the three leading axes: (P, h, w, 3) read and written in one call each.
+    out[index, rows, columns] = out[index, rows, columns] * (1 - alpha) + front
+    return out.permute(0, 3, 1, 2)
+
+
+def _vectors(maps: Tensor, pool: Pool) -> Tensor:
+    if maps.ndim == 2 or pool == "flatten":
+        return maps.flatten(1).float()
+    return maps.float().mean(dim=tuple(range(2, maps.ndim)))
+
+
+def _check_pool(pool: str) -> None:
+    if pool not in ("mean", "flatten"):
+        raise ValueError(f"pool must be 'mean' or 'flatten', not {pool!r}")
+
+
+def _batch_size(batch_size: int | None, device: torch.device) -> int:
+    # A batch of 8 stays in the caches of a CPU; an accelerator wants more.
+    if batch_size is None:
+        return 8 if device.type == "cpu" else 256
+    return _whole("batch_size", batch_size)
+
+
+def features(
+    encoder: Encoder,
+    obj: Tensor,
+    positions: Tensor,
+    layers: Sequence[str],
+    *,
+    canvas: int = 224,
+    background: str | float | Sequence[float] | Tensor = "white",
+    pool: Pool = "mean",
+    batch_size: int | None = None,
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Stream the features of one object at many positions.
+
+    Yields:
+        `(index, vectors)`: the indices (B,) into `positions` that this batch covers, and for each
+        layer its features (B, D) on the encoder's device. Every index comes exactly once.
+
+    Args:
+        encoder: where the pictures go.
+        obj: (4, h, w) RGBA, already of its size on the canvas (:func:`prepare`).
+        positions: (P, 2) whole numbers (y, x).
+        layers: dotted layer names.
+        canvas: side in pixels.
+        background: see :func:`paint`.
+        pool: how a feature map becomes a vector. "mean" over space asks for invariance; "flatten"
+            keeps the place of each activation, so that a perfectly equivariant map scores low.
+        batch_size: positions per forward pass; chosen for the device by default.
+
+    Raises:
+        ValueError: as :func:`compose` and :func:`taps.read`, or an unknown `pool`.
+    """
+    _check_pool(pool)
+    layers = list(layers)
+    device = encoder.device
+    size = _batch_size(batch_size, device)
+    compose(obj, positions[:1], canvas=canvas, background=background)  # the checks
+    compose(obj, positions.amin(0, keepdim=True), canvas=canvas, background=background)
+    compose(obj, positions.amax(0, keepdim=True), canvas=canvas, background=background)
+    ground = paint(background, canvas, device=device)
+    obj = obj.float().to(device)
+    with torch.no_grad(), taps.read(encoder, layers) as read:
+        for index in torch.arange(len(positions)).split(size):
+            maps = read(_paste(obj, positions[index], ground))
+            yield index, {layer: _vectors(maps[layer], pool) for layer in layers}
+
+
+def _scan(canvas: int, size: int, span: int) -> tuple[Tensor, Tensor]:
+    """Stride-1 lines through the centre reference: offsets (L,), positions (2·L, 2)."""
+    room = _room(canvas, size)
+    middle = int(references(canvas, size)[_CENTRE, 0])
+    low = max(0, middle - span // 2)
+    line = torch.arange(low, min(room, low + span) + 1)
+    still = torch.full_like(line, middle)
+    return line - middle, torch.cat([torch.stack([line, still], 1), torch.stack([still, line], 1)])
+
+
+def _prepared(objects: Any, size: int) -> Iterator[Tensor]:
+    """The objects of a set or sequence, prepared; errors say which one is wrong."""
+    table = getattr(objects, "table", None)
+    for i in range(len(objects)):
+        try:
+            yield prepare(objects[i], size)
+        except ValueError as error:
+            name = f"object {i}" if table is None else f"object {table['id'].iloc[i]!r}"
+            raise ValueError(f"{name}: {error}") from error
+
+
+def _optimised(encoder: Encoder, optimise: bool) -> Encoder:
+    return extract.optimise(encoder) if optimise else encoder
+
+
+def _layers(layers: Sequence[str]) -> list[str]:
+    if isinstance(layers, str):
+        raise ValueError(f"layers is a list of names, not the single string {layers!r}")
+    if not layers:
+        raise ValueError("give at least one layer")
+    return list(dict.fromkeys(layers))
+
+
+def sweep(
+    encoder: Encoder,
+    objects: Any,
+    layers: Sequence[str],
+    *,
+    size: int = 125,
+    canvas: int = 224,
+    stride: int = 1,
+    background: str | float | Sequence[float] | Tensor = "white",
+    pool: Pool = "mean",
+    span: int = 32,
+    batch_size: int | None = None,
+    optimise: bool = True,
+    progress: bool = False,
+) -> dict[str, ShiftMaps]:
+    r"""Cosine of the features at every grid position with those at five references.
+
+    For object o at position p, features f(o, p) and reference r,
+    :math:`S_r(p) = \langle f(o,p), f(o,r)\rangle / (\|f(o,p)\|\,\|f(o,r)\|)` (Lee, Yang & Wang
+    2020, §3.1). Memory does not depend on the number of positions, save for the cosines.
+
+    Args:
+        encoder: a loaded encoder; the canvas need not be its input size if it takes others.
+        objects: an `ImageSet` of RGBA cut-outs, or a sequence of tensors (4, h, w).
+        layers: dotted layer names.
+        size: side of the object on the canvas in pixels: 125 is Lee et al.'s large, 75 their small.
+        canvas: side of the canvas in pixels.
+        stride: of the grid in pixels; 1 is exhaustive.
+        background: see :func:`paint`.
+        pool: see :func:`features`.
+        span: length in pixels of the two stride-1 lines through the centre from which the wiggle
+            is taken when the grid is coarse; 32 is one period of most networks' stride. At stride 1
+            the wiggle is over all neighbours of the grid and the lines cross the whole of it.
+        batch_size: positions per forward pass; chosen for the device by default.
+        optimise: run a copy of the encoder in channels-last order with batch norm folded into the
+            convolutions (:func:`extract.optimise`): the same features, faster.
+        progress: show a bar over all positions of all objects.
+
+    Returns:
+        For each layer its :class:`ShiftMaps`, on the CPU.
+
+    Raises:
+        ValueError: a bad object (named), grid, background, layer or pool.
+    """
+    layers = _layers(layers)
+    _check_pool(pool)
+    _whole("span", span)
+    places = grid(canvas, size, stride)
+    if not len(objects):
+        raise ValueError("no objects to move")
+    fixed = references(canvas, size)
+    offsets, scan = _scan(canvas, size, canvas if stride == 1 else span)
+    # The scan shares positions with the grid: every picture is made once.
+    unique, inverse = torch.unique(torch.cat([places.positions, scan]), dim=0, return_inverse=True)
+    fast = _optimised(encoder, optimise)
+    options: dict[str, Any] = {
+        "canvas": canvas,
+        "background": paint(background, canvas),
+        "pool": pool,
+        "batch_size": batch_size,
+    }
+    cosine = {layer: torch.empty(len(objects), len(unique), 5) for layer in layers}
+    with tqdm(
+        total=len(objects) * len(unique), unit="pos", disable=not progress, leave=False
+    ) as bar:
+        for i, obj in enumerate(_prepared(objects, size)):
+            parts: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+            for _, vectors in features(fast, obj, fixed, layers, **options):
+                for layer, vector in vectors.items():
+                    parts[layer].append(F.normalize(vector, dim=1))
+            anchor = {layer: torch.cat(part) for layer, part in parts.items()}
+            for index, vectors in features(fast, obj, unique, layers, **options):
+                for layer, vector in vectors.items():
+                    value = F.normalize(vector, dim=1) @ anchor[layer].T
+                    cosine[layer][i, index] = value.clamp(-1, 1).cpu()
+                bar.update(len(index))
+
+    result = {}
+    count, line = len(places.positions), len(offsets)
+    for layer, values in cosine.items():
+        values = values[:, inverse]
+        maps = values[:, :count].transpose(1, 2).reshape(-1, 5, *places.shape)
+        profile = values[:, count:, _CENTRE].reshape(-1, 2, line)
+        if stride == 1:
+            centre = maps[:, _CENTRE]
+            steps = [centre.diff(dim=1).flatten(1), centre.diff(dim=2).flatten(1)]
+        else:
+            steps = [profile.diff(dim=2).flatten(1)]
+        wiggle = torch.cat(steps, 1).abs().mean(1)
+        result[layer] = ShiftMaps(maps.contiguous(), places, fixed, wiggle, profile, offsets)
+    return result
+
+
+def _mean_over_positions(maps: ShiftMaps, chosen: Sequence[int]) -> Tensor:
+    """Mean over positions and chosen references, without a reference's cosine with itself."""
+    totals = []
+    for r in chosen:
+        keep = (maps.grid.positions != maps.references[r]).any(1)
+        totals.append(maps.cosine[:, r].flatten(1)[:, keep].double().mean(1))
+    return torch.stack(totals, 1).mean(1)
+
+
+def global_cosine(maps: ShiftMaps) -> Tensor:
+    """(O,) mean cosine to the four corner references over all other positions."""
+    return _mean_over_positions(maps, _CORNERS)
+
+
+def centre_cosine(maps: ShiftMaps) -> Tensor:
+    """(O,) mean cosine to the centre reference over all other positions."""
+    return _mean_over_positions(maps, [_CENTRE])
+
+
+def floors(
+    encoder: Encoder,
+    objects: Any,
+    layers: Sequence[str],
+    *,
+    size: int = 125,
+    canvas: int = 224,
+    background: str | float | Sequence[float] | Tensor = "white",
+    pool: Pool = "mean",
+    batch_size: int | None = None,
+    optimise: bool = True,
+) -> dict[str, Floors]:
+    """The scale on which a sweep's cosines are to be read: other objects, and no object.
+
+    Two pictures that share most of a plain canvas have similar features whatever is on them. The
+    cosine of different objects at one position, and of an object with the empty canvas, say how
+    much of a high cosine is the canvas's. Memory is O·D: take care with `pool="flatten"`.
+
+    Arguments and errors as :func:`sweep`.
+    """
+    layers = _layers(layers)
+    _check_pool(pool)
+    if not len(objects):
+        raise ValueError("no objects to compare")
+    fast = _optimised(encoder, optimise)
+    ground = paint(background, canvas)
+    centre = references(canvas, size)[_CENTRE:][:1]
+    parts: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+    for obj in _prepared(objects, size):
+        for _, vectors in features(
+            fast, obj, centre, layers, canvas=canvas, background=ground, pool=pool,
+            batch_size=batch_size,
+        ):  # fmt: skip
+            for layer, vector in vectors.items():
+                parts[layer].append(F.normalize(vector, dim=1))
+    with torch.no_grad(), taps.read(fast, layers) as read:
+        none = read(ground[None].to(fast.device))
+    result = {}
+    for layer in layers:
+        unit = torch.cat(parts[layer])
+        blank = F.normalize(_vectors(none[layer], pool), dim=1)
+        result[layer] = Floors(
+            between=(unit @ unit.T).clamp(-1, 1).cpu(),
+            empty=(unit @ blank[0]).clamp(-1, 1).cpu(),
+        )
+    return result
