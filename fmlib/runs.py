@@ -14,6 +14,7 @@ import ast
 import contextlib
 import datetime
 import difflib
+import hashlib
 import io
 import json
 import math
@@ -241,11 +242,11 @@ def finish() -> None:
     with their hashes (`store.NOTES`), device, threads and peak memory. `run` takes a notebook
     without this as not having come to its end.
     """
-    from fmlib import store
-
+    # Notes exist only if something took them; importing the store here would load torch for nothing
+    store = sys.modules.get("fmlib.store")
     device, threads = _device()
     notes = {
-        "notes": store.NOTES,
+        "notes": store.NOTES if store is not None else {},
         "device": device,
         "threads": threads,
         "peak_memory_mb": _peak_memory_mb(),
@@ -257,9 +258,9 @@ def finish() -> None:
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean X?` for error messages, or nothing if no known name is near."""
+    """The end of an error message's sentence: `; did you mean X?`, or a stop if none is near."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    return f"; did you mean {near[0]!r}?" if near else "."
 
 
 def _read_notebook(path: Path) -> dict[str, Any]:
@@ -413,6 +414,20 @@ def _require_known(name: str, known: Mapping[str, Parameter], path: Path, where:
             f"{where}unknown parameter {name!r} of {path.name}{closest(name, known)} "
             f"Valid parameters: {', '.join(known) or 'none'}"
         )
+
+
+def arguments(values: Mapping[str, Any]) -> list[str]:
+    """Parameters as arguments of `python -m fmlib run`; `from_text` reads them back unchanged."""
+    words: list[str] = []
+    for name, value in values.items():
+        words += ["-p", name, value if isinstance(value, str) else json.dumps(value)]
+    return words
+
+
+def key(values: Mapping[str, Any]) -> str:
+    """A short name for a set of parameters, the same in any order and process."""
+    text = json.dumps(dict(values), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def profiles(path: str | os.PathLike[str]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -632,6 +647,13 @@ def _execute(
     from papermill.exceptions import PapermillExecutionError
 
     processes: list[Any] = []
+    exits: list[int] = []
+
+    def after_cell(*, cell_index: int, execute_reply: Mapping[str, Any], **_: Any) -> None:
+        # `exit()` ends the kernel a moment later, perhaps after the last cell, perhaps before
+        payloads = execute_reply["content"].get("payload", [])
+        if any(payload.get("source") == "ask_exit" for payload in payloads):
+            exits.append(cell_index)
 
     def last_started() -> int | None:
         if not target.is_file():
@@ -659,6 +681,7 @@ def _execute(
                 start_timeout=180,
                 execution_timeout=timeout,
                 kernel_manager_class=_kernel_manager(scratch, processes, log),
+                on_cell_executed=after_cell,
             )
         except PapermillExecutionError as error:
             reason = f"{error.ename}: {error.evalue}"
@@ -666,6 +689,8 @@ def _execute(
         except CellTimeoutError:
             raise _Incomplete(f"no end after {timeout:g} s", last_started()) from None
         except DeadKernelError:
+            if exits:
+                raise _Incomplete("the cell ended the kernel", exits[0]) from None
             code = next((p.poll() for p in processes if p is not None), None)
             hint = " (killed: out of memory?)" if code == -9 else ""
             raise _Incomplete(
@@ -673,6 +698,8 @@ def _execute(
             ) from None
         except RuntimeError as error:  # the kernel never answered
             raise _Incomplete(f"the kernel did not start: {error}") from None
+    if exits:
+        raise _Incomplete("the cell ended the kernel", exits[0])
     return executed
 
 
