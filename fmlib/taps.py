@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -618,7 +619,7 @@ class Tail:
         def keep(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, _args: object, output: Tensor) -> None:
                 at = _layout(module, output, batch=len(native), size=size, encoder=self.encoder)
-                values[name] = _from_native(output, at)[0]
+                values[name] = _from_native(output, at)[0].clone()
                 if len(values) == len(wanted):
                     raise _Stop
 
@@ -645,10 +646,9 @@ def tail(
 
     ``features`` as :func:`read` gives them, (N, C, H, W) or (N, C), changed or not; ``prefix``
     (N or 1, T, C) is needed where the layer carries class or register tokens. Gradients flow to
-    both. With ``to`` the value is the features of that deeper layer instead of logits, or a dict layer
-    -> features where ``to`` names several. Grids of
-    another size than at ``size`` (pixels; default: the encoder's input size) are taken where the
-    network takes such images.
+    both. With ``to`` the value is the features of that deeper layer instead of logits, or a dict
+    layer -> features where ``to`` names several. Grids of another size than at ``size`` (pixels;
+    default: the encoder's input size) are taken where the network takes such images.
 
     The layer must separate the network: nothing that comes after may use what came before except
     through it (a layer inside a residual branch does not). That is read off the autograd graph, and
@@ -787,33 +787,14 @@ def receptive_fields(
     and global pooling see everything). Where the field is inf, the stride is the product of the
     steps between the map sizes that occur, each rounded.
     """
-    height_width = _size(encoder, size)
-    names = _names(encoder, layers)
-    known = trace(encoder, size=height_width)
-    values: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: object, output: Tensor) -> None:
-            values[name] = output.clone()  # an in-place operation may follow
-
-        return hook
-
+    known = trace(encoder, size=size)
     result: dict[str, tuple[float, float]] = {}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_measuring(encoder))
-        stack.enter_context(torch.enable_grad())
-        for name in names:
-            module = encoder.net.get_submodule(name)
-            stack.callback(module.register_forward_hook(keep(name)).remove)
-        images = _noise(encoder, height_width).requires_grad_()
-        with _Structural():
-            encoder(images)
-        for name in names:
-            record, value = known[name], values.pop(name)
-            if record.kind not in ("map", "tokens") or value.grad_fn is None:
-                result[name] = (math.inf, math.nan)
-                continue
-            result[name] = _field(record, value, images, _nominal_stride(known, record.height))
+    for name, extent in _extents(encoder, layers, size=size):
+        record = known[name]
+        result[name] = (math.inf, math.nan)
+        if extent is not None:
+            nominal = _nominal_stride(known, record.height)
+            result[name] = _field(record, extent, _size(encoder, size), nominal)
     return result
 
 
@@ -826,27 +807,96 @@ def _nominal_stride(known: Mapping[str, Layer], height: int) -> float:
     return float(stride)
 
 
-def _field(record: Layer, value: Tensor, images: Tensor, nominal: float) -> tuple[float, float]:
+def spans(
+    encoder: Encoder, layers: Iterable[str], *, size: int | tuple[int, int] | None = None
+) -> dict[str, tuple[tuple[int, int, int], tuple[int, int, int]] | None]:
+    """Which pixels each unit sees: for rows and for columns, (low, high, stride).
+
+    Unit i of the axis is connected to the pixels low + i·stride to high + i·stride of an image
+    without borders; measured at the centre as in :func:`receptive_fields`. None where the field
+    reaches the border of an image of this ``size``, or the layer is no map.
+    """
+    known = trace(encoder, size=size)
+    sides = _size(encoder, size)
+    result: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]] | None] = {}
+    for name, extent in _extents(encoder, layers, size=size):
+        record = known[name]
+        result[name] = None
+        if extent is None or min(record.height, record.width) < 3:
+            continue
+        at = (record.height // 2, record.width // 2)
+        here, before = extent(*at), extent(at[0] - 1, at[1] - 1)
+        inside = all(
+            low > 0 and high < side - 1
+            for pixels in (here, before)
+            for (low, high), side in zip(pixels, sides, strict=True)
+        )
+        if inside:
+            axes = []
+            for unit, (low, high), (earlier, _) in zip(at, here, before, strict=True):
+                stride = low - earlier
+                axes.append((low - unit * stride, high - unit * stride, stride))
+            result[name] = (axes[0], axes[1])
+    return result
+
+
+def _extents(
+    encoder: Encoder, layers: Iterable[str], *, size: int | tuple[int, int] | None
+) -> Iterator[tuple[str, Callable[[int, int], list[tuple[int, int]]] | None]]:
+    """For each layer a function (row, column) -> first and last pixel of that unit, by axis."""
+    height_width = _size(encoder, size)
+    names = _names(encoder, layers)
+    known = trace(encoder, size=height_width)
+    values: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: object, output: Tensor) -> None:
+            values[name] = output.clone()  # an in-place operation may follow
+
+        return hook
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_measuring(encoder))
+        stack.enter_context(torch.enable_grad())
+        for name in names:
+            module = encoder.net.get_submodule(name)
+            stack.callback(module.register_forward_hook(keep(name)).remove)
+        images = _noise(encoder, height_width).requires_grad_()
+        with _Structural():
+            encoder(images)
+        for name in names:
+            record, value = known[name], values.pop(name)
+            seen = record.kind in ("map", "tokens") and value.grad_fn is not None
+            yield name, functools.partial(_extent, record, value, images) if seen else None
+
+
+def _extent(
+    record: Layer, value: Tensor, images: Tensor, row: int, column: int
+) -> list[tuple[int, int]]:
+    """First and last pixel of a unit's field, by axis."""
+    mark = torch.zeros_like(value)
+    if record.layout.form == "NCHW":
+        mark[0, :, row, column] = math.nan
+    elif record.layout.form == "NHWC":
+        mark[0, row, column, :] = math.nan
+    else:
+        mark[0, record.layout.prefix + row * record.width + column, :] = math.nan
+    (gradient,) = torch.autograd.grad(value, images, mark, retain_graph=True)
+    seen = gradient[0].isnan().any(dim=0)
+    pixels = []
+    for axis in (0, 1):
+        where = seen.any(dim=1 - axis).nonzero()
+        pixels.append((int(where.min()), int(where.max())) if len(where) else (0, -1))
+    return pixels
+
+
+def _field(
+    record: Layer,
+    extent: Callable[[int, int], list[tuple[int, int]]],
+    sides: tuple[int, int],
+    nominal: float,
+) -> tuple[float, float]:
     height, width = record.height, record.width
-    sides = (int(images.shape[-2]), int(images.shape[-1]))
-
-    def extent(row: int, column: int) -> list[tuple[int, int]]:
-        """First and last pixel of a unit's field, by axis."""
-        mark = torch.zeros_like(value)
-        if record.layout.form == "NCHW":
-            mark[0, :, row, column] = math.nan
-        elif record.layout.form == "NHWC":
-            mark[0, row, column, :] = math.nan
-        else:
-            mark[0, record.layout.prefix + row * width + column, :] = math.nan
-        (gradient,) = torch.autograd.grad(value, images, mark, retain_graph=True)
-        seen = gradient[0].isnan().any(dim=0)
-        spans = []
-        for axis in (0, 1):
-            where = seen.any(dim=1 - axis).nonzero()
-            spans.append((int(where.min()), int(where.max())) if len(where) else (0, -1))
-        return spans
-
     row, column = (height - 1) // 2, (width - 1) // 2
     spans = extent(row, column)
     if any(low <= 0 or high >= side - 1 for (low, high), side in zip(spans, sides, strict=True)):
