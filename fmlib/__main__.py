@@ -29,7 +29,7 @@ def _print_table(frame: "pd.DataFrame", as_json: bool) -> None:
     if frame.empty:
         print("(none)")
         return
-    text = frame.map(_cell)
+    text = frame.astype(object).where(frame.notna(), "-").map(_cell)
     widths = [max(len(str(name)), *(len(t) for t in text[name])) for name in text.columns]
     for line in [text.columns, *text.to_numpy()]:
         padded = [str(item).ljust(width) for item, width in zip(line, widths, strict=True)]
@@ -37,8 +37,6 @@ def _print_table(frame: "pd.DataFrame", as_json: bool) -> None:
 
 
 def _cell(value: Any) -> str:
-    if value is None or value != value:  # NaN and its kin are not equal to themselves
-        return "-"
     if isinstance(value, float):
         return f"{value:g}"
     return " ".join(str(value).split())
@@ -58,6 +56,9 @@ def _layers(arguments: argparse.Namespace) -> int:
         encoder = encoders.load(arguments.name)
     except (ValueError, KeyError) as error:  # an unknown name, with the choices in the message
         raise runs.BadCall(error.args[0] if error.args else str(error)) from error
+    except encoders.UnavailableError as error:  # a known name whose weights are not here
+        print(f"fmlib: {error}", file=sys.stderr)
+        return FAILED
     _print_table(encoder.layers(every=arguments.every), arguments.json)
     return DONE
 
@@ -174,7 +175,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A scheduler ends a run with SIGTERM: stop the kernel and clean up as for Ctrl-C
     previous = signal.signal(signal.SIGTERM, interrupt)
     try:
-        return parsed.function(parsed)
+        status = parsed.function(parsed)
+        sys.stdout.flush()  # here, where a closed pipe is caught
+        return status
     except runs.BadCall as error:
         print(f"fmlib: {error}", file=sys.stderr)
         return BAD_CALL

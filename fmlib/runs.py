@@ -380,10 +380,10 @@ def parameters(notebook: str | os.PathLike[str]) -> "pd.DataFrame":
             text`.
 
     """
-    import pandas as pd
-
     path = Path(notebook)
     rows = [vars(p) for p in _parameters(path, _read_notebook(path)).values()]
+    import pandas as pd
+
     return pd.DataFrame(rows, columns=pd.Index(["name", "type", "default", "description"]))
 
 

@@ -72,7 +72,7 @@ def test_parameter_table(project: Path) -> None:
     assert table["name"].tolist() == ["encoder", "seed", "rate", "fast", "layers", "sizes"]
     assert table["type"].tolist() == ["str", "int", "float", "bool", "list[str]", "list[int]"]
     assert table["default"].tolist() == ["tiny", 0, 0.5, True, ["a", "b"], [1]]
-    assert table["description"][0] == "which encoder, name"
+    assert table["description"].tolist()[0] == "which encoder, name"
 
 
 def test_parameter_table_agrees_with_papermill(project: Path) -> None:
