@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import matplotlib as mpl
@@ -17,12 +18,14 @@ import seaborn as sns
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from torch import Tensor
 
 from .stats import Interval
 
 __all__ = [
     "WIDTH",
+    "Panel",
     "feature_colours",
     "figure",
     "heat_maps",
@@ -246,77 +249,98 @@ def heat_maps(
     return fig
 
 
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes of :func:`interval_lines`."""
+
+    x: Sequence[Any]  #: numbers, or names of the points
+    lines: Mapping[str, Interval]  #: name -> an interval of arrays as long as `x`
+    floors: Mapping[str, Interval] = field(default_factory=dict)  #: drawn dashed and grey
+
+
 def interval_lines(
-    lines: Mapping[str, Interval],
-    x: Sequence[Any],
+    panels: Mapping[str, Panel],
     *,
     xlabel: str,
     ylabel: str,
-    floors: Mapping[str, Interval] | None = None,
-    floor_name: str = "floor",
     height: float = 3.4,
     limits: tuple[float, float] | None = None,
-    panels: Mapping[str, Sequence[str]] | None = None,
+    columns: int = 3,
 ) -> Figure:
     """Lines with their intervals: error bars over named points, bands over numbers.
 
     Args:
-        lines: name -> an interval of arrays as long as `x`.
-        x: numbers, or names of the points.
+        panels: title -> what it holds; a line has one colour in all panels.
         xlabel: of the x axis, with its unit.
         ylabel: of the y axis, with its unit.
-        floors: dashed companions of some lines, in the same colour.
-        floor_name: what the dashed lines are, for the legend.
-        height: of the figure in inches.
-        limits: of the y axis.
-        panels: title -> names of the lines in it; all in one by default.
+        height: of one row of panels in inches.
+        limits: of the y axis, which all panels share.
+        columns: panels in a row.
 
     Raises:
-        ValueError: no lines, or a line of another length than `x`.
+        ValueError: no lines, or a line of another length than its `x`.
     """
-    if not lines:
+    if not panels or not any(panel.lines for panel in panels.values()):
         raise ValueError("interval_lines needs at least one line")
-    for name, line in {**lines, **(floors or {})}.items():
-        if np.shape(line.value) != (len(x),):
-            raise ValueError(f"line {name!r} has shape {np.shape(line.value)} for {len(x)} points")
-    panels = panels or {"": list(lines)}
-    named = any(isinstance(point, str) for point in x)
-    places = np.arange(len(x)) if named else np.asarray(x, dtype=float)
-    fig = figure(height)
-    axes = fig.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-    colours = dict(zip(lines, sns.color_palette("colorblind", len(lines)), strict=True))
-    markers = dict(zip(lines, "osD^vPX*" * len(lines), strict=False))
-    for ax, (title, members) in zip(axes, panels.items(), strict=True):
-        for k, name in enumerate(members):
-            # Points of several lines stand side by side, or their bars would hide one another.
-            shift = 0.12 * (k - (len(members) - 1) / 2) if named else 0.0
-            for line, dashed in ((lines[name], False), ((floors or {}).get(name), True)):
-                if line is None:
-                    continue
-                style: dict[str, Any] = {"color": colours[name], "ls": "--" if dashed else "-"}
-                value, low, high = (np.asarray(part) for part in (line.value, line.low, line.high))
-                known = np.isfinite(low)
-                if named:
-                    bars = np.where(known, np.stack([value - low, high - value]), 0).clip(0)
-                    ax.errorbar(
-                        places + shift, value, bars, capsize=2.5, elinewidth=1.1, ms=4.5,
-                        marker=None if dashed else markers[name],
-                        alpha=0.75 if dashed else 1, label=None if dashed else name, **style,
-                    )  # fmt: skip
-                else:
-                    ax.plot(places, value, label=None if dashed else name, **style)
-                    if known.all():
-                        ax.fill_between(places, low, high, color=colours[name], alpha=0.2, lw=0)
-        if floors and any(name in floors for name in members):
-            ax.plot([], [], color="0.35", ls="--", label=floor_name)
+    for panel in panels.values():
+        for name, line in (*panel.lines.items(), *panel.floors.items()):
+            if np.shape(line.value) != (len(panel.x),):
+                shape = np.shape(line.value)
+                raise ValueError(f"line {name!r} has shape {shape} for {len(panel.x)} points")
+    names = list(dict.fromkeys(name for panel in panels.values() for name in panel.lines))
+    floors = list(dict.fromkeys(name for panel in panels.values() for name in panel.floors))
+    looks: dict[str, dict[str, Any]] = {
+        name: {"color": colour, "ls": "-", "marker": "osD^vPX*"[i % 8]}
+        for i, (name, colour) in enumerate(
+            zip(names, sns.color_palette("colorblind", len(names)), strict=True)
+        )
+    }
+    looks |= {
+        name: {"color": str(0.35 + 0.2 * (i % 3)), "ls": ["--", ":", "-."][i % 3], "marker": None}
+        for i, name in enumerate(floors)
+    }
+    columns = min(columns, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    fig = figure(height * rows)
+    axes = fig.subplots(rows, columns, squeeze=False, sharey=True)
+    for ax in axes.flat[len(panels) :]:
+        ax.set_visible(False)
+    for ax, (title, panel) in zip(axes.flat, panels.items(), strict=False):
+        named = any(isinstance(point, str) for point in panel.x)
+        places = np.arange(len(panel.x)) if named else np.asarray(panel.x, dtype=float)
+        members = [*panel.lines.items(), *panel.floors.items()]
+        for k, (name, line) in enumerate(members):
+            look = looks[name]
+            value, low, high = (np.asarray(part) for part in (line.value, line.low, line.high))
+            known = np.isfinite(low)
+            if named:
+                # Points of several lines stand side by side, or their bars would hide one another.
+                shift = 0.1 * (k - (len(members) - 1) / 2)
+                bars = np.where(known, np.stack([value - low, high - value]), 0).clip(0)
+                ax.errorbar(places + shift, value, bars, capsize=2, elinewidth=1, ms=4, **look)
+            else:
+                ax.plot(places, value, color=look["color"], ls=look["ls"])
+                if known.all():
+                    ax.fill_between(places, low, high, color=look["color"], alpha=0.2, lw=0)
         if named:
-            ax.set_xticks(places, [str(point) for point in x], rotation=30, ha="right")
-        ax.set(title=title, xlabel=xlabel)
-        if len(members) > 1 or floors:
-            ax.legend()
-    axes[0].set_ylabel(ylabel)
+            ax.set_xticks(places, [str(point) for point in panel.x], rotation=40, ha="right")
+            for label in ax.get_xticklabels():
+                label.set_rotation_mode("anchor")
+        ax.set_title(title)
+    for ax in axes[:, 0]:
+        ax.set_ylabel(ylabel)
+    fig.supxlabel(xlabel, fontsize=mpl.rcParams["axes.labelsize"])
     if limits:
-        axes[0].set_ylim(*limits)
+        axes[0, 0].set_ylim(*limits)
+    if len(looks) > 1:
+        keys = [
+            Line2D([], [], color=look["color"], ls=look["ls"], marker=look["marker"], ms=4)
+            for look in looks.values()
+        ]
+        if not any(isinstance(point, str) for panel in panels.values() for point in panel.x):
+            for key in keys:
+                key.set_marker("")
+        fig.legend(keys, list(looks), loc="outside upper center", ncols=min(len(looks), 4))
     return fig
 
 
