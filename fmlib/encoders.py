@@ -227,23 +227,44 @@ def _blocks(encoder: Encoder, known: Mapping[str, taps.Layer]) -> list[taps.Laye
 
 
 def _recommend(encoder: Encoder) -> tuple[str, ...]:
-    """Five layers, shallow to deep: the last of each stride, then the widest gaps are halved."""
+    """Five layers, shallow to deep, each of which separates the network.
+
+    The stage ends that timm declares (`feature_info`), else the last layer of each map size; then
+    the widest gaps are halved. A network with one map size (a plain transformer) gives evenly
+    spaced blocks.
+    """
     known = taps.trace(encoder)
-    candidates: dict[int, taps.Layer] = {}
-    for layer in _blocks(encoder, known):
-        if layer.separates:  # of modules that give the same tensor, the outermost
-            best = candidates.get(layer.value)
-            if best is None or layer.name.count(".") < best.name.count("."):
-                candidates[layer.value] = layer
-    ordered = sorted(candidates.values(), key=lambda x: x.order)
-    last = {x.height * x.width: i for i, x in enumerate(ordered)}
-    chosen = sorted(last.values())
+    listed = [x for x in _blocks(encoder, known) if x.separates]
+    names: dict[int, str] = {}
+    for layer in listed:  # of modules that give the same tensor, the outermost that is one stage
+        inner = [x for x in listed if x.name.startswith(layer.name + ".")]
+        if len({x.height for x in inner}) > 1 or 2 * len(inner) > len(listed):
+            continue
+        best = names.get(layer.value)
+        if best is None or layer.name.count(".") < best.count("."):
+            names[layer.value] = layer.name
+    info = getattr(encoder.net, "feature_info", None)
+    info = info if isinstance(info, list) else []
+    stages = []
+    for name in (x.get("module") for x in info):
+        if name in known and known[name].value in names:
+            stages.append(known[name].value)
+            names[known[name].value] = min(
+                name, names[known[name].value], key=lambda n: n.count(".")
+            )
+    ordered = sorted((known[name] for name in names.values()), key=lambda x: x.order)
+    ends = {x.height: i for i, x in enumerate(ordered)}
+    ends |= {x.height: i for i, x in enumerate(ordered) if x.value in stages}
+    chosen = sorted(ends.values())
+    if len(chosen) == 1:
+        blocks = [x for x in ordered if x.value in stages] or ordered
+        picks = [blocks[round(k * (len(blocks) - 1) / 5)] for k in range(1, 6)]
+        return tuple(dict.fromkeys(x.name for x in picks))
     if len(chosen) > 5:
         chosen = [chosen[round(k * (len(chosen) - 1) / 4)] for k in range(5)]
     while len(chosen) < min(5, len(ordered)):
-        ends = [-1, *chosen]
-        gaps = [(after - before, before) for before, after in itertools.pairwise(ends)]
-        gap, before = max(gaps)
+        gaps = itertools.pairwise([-1, *chosen])
+        gap, before = max((after - before, before) for before, after in gaps)
         if gap < 2:
             break
         chosen = sorted([*chosen, before + gap // 2])

@@ -905,5 +905,7 @@ def _field(
     stride = nominal
     if height > 1 and width > 1:
         other = extent(row + 1, column + 1)
-        stride = float(max(there[0] - here[0] for here, there in zip(spans, other, strict=True)))
+        apart = max(there[0] - here[0] for here, there in zip(spans, other, strict=True))
+        if apart > 0:  # 0 for two units of one attention window
+            stride = float(apart)
     return float(field), stride
