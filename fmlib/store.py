@@ -13,15 +13,16 @@ import os
 import secrets
 import shutil
 import struct
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+
+if TYPE_CHECKING:
+    import torch
 
 NOTES: dict[str, dict[str, str]] = {}
 """What this process has loaded, kind -> name -> hash; read by the run manifest."""
@@ -71,6 +72,12 @@ def digest(obj: Any) -> str:
     return hasher.hexdigest()
 
 
+def _is_tensor(obj: Any) -> bool:
+    # Who holds a tensor has loaded torch; who only wants JSON need not wait seconds for it
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(obj, torch.Tensor)
+
+
 def _feed(hasher: Any, obj: Any) -> None:
     """Feed `obj` with type tag and length, so that no two different values share a byte stream."""
 
@@ -94,9 +101,13 @@ def _feed(hasher: Any, obj: Any) -> None:
         piece(b"y", obj)
     elif isinstance(obj, os.PathLike):
         piece(b"p", Path(obj).as_posix().encode())
-    elif isinstance(obj, torch.Tensor):
+    elif _is_tensor(obj):
         tensor = obj.detach().cpu().contiguous()
-        raw = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else np.empty(0)
+        raw = (
+            tensor.reshape(-1).view(sys.modules["torch"].uint8).numpy()
+            if tensor.numel()
+            else np.empty(0)
+        )
         name = str(tensor.dtype).removeprefix("torch.")
         piece(b"a", f"{name}{tuple(tensor.shape)}".encode())
         piece(b"r", raw.tobytes())
@@ -192,7 +203,7 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 def _plain(obj: Any, where: str) -> Any:
     """`obj` as JSON's own types; `where` is the place named in errors."""
-    if isinstance(obj, torch.Tensor):
+    if _is_tensor(obj):
         obj = obj.detach().cpu().tolist()
     elif isinstance(obj, np.ndarray):
         obj = obj.tolist()
@@ -259,7 +270,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 def save_tensors(
     path: str | os.PathLike[str],
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, "torch.Tensor"],
     *,
     metadata: Mapping[str, Any],
 ) -> None:
@@ -268,6 +279,8 @@ def save_tensors(
     Tensors are moved to the CPU and detached; views and tensors that share memory are allowed
     (each is written in full). The file holds numbers and text only: reading it runs no code.
     """
+    from safetensors.torch import save_file
+
     seen: set[int] = set()
     plain: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
@@ -285,7 +298,7 @@ def save_tensors(
 
 def load_tensors(
     path: str | os.PathLike[str], *, expect: Mapping[str, Any] | None = None
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+) -> tuple[dict[str, "torch.Tensor"], dict[str, Any]]:
     """Read `(tensors, metadata)` as written by `save_tensors`.
 
     With `expect`, each of its keys must be in the metadata with an equal value (compared as JSON,
@@ -297,6 +310,8 @@ def load_tensors(
         ValueError: not a complete safetensors file; names it.
 
     """
+    from safetensors import SafetensorError, safe_open
+
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no tensor file at {path}")
