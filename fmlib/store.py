@@ -102,12 +102,10 @@ def _feed(hasher: Any, obj: Any) -> None:
     elif isinstance(obj, os.PathLike):
         piece(b"p", Path(obj).as_posix().encode())
     elif _is_tensor(obj):
+        import torch
+
         tensor = obj.detach().cpu().contiguous()
-        raw = (
-            tensor.reshape(-1).view(sys.modules["torch"].uint8).numpy()
-            if tensor.numel()
-            else np.empty(0)
-        )
+        raw = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else np.empty(0)
         name = str(tensor.dtype).removeprefix("torch.")
         piece(b"a", f"{name}{tuple(tensor.shape)}".encode())
         piece(b"r", raw.tobytes())
