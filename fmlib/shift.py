@@ -152,6 +152,11 @@ def prepare(obj: Tensor, size: int) -> Tensor:
     return torch.cat([colour, alpha])
 
 
+def _levels(x: Tensor) -> bool:
+    """Whether all values lie in [0, 1], but for the rounding of a resize; NaN does not."""
+    return bool(((x > -1e-5) & (x < 1 + 1e-5)).all())
+
+
 def _check_object(obj: Any) -> None:
     if not isinstance(obj, Tensor) or obj.ndim != 3:
         shape = tuple(obj.shape) if hasattr(obj, "shape") else type(obj).__name__
@@ -162,7 +167,7 @@ def _check_object(obj: Any) -> None:
         )
     if not obj.is_floating_point():
         raise ValueError(f"an object is float in [0, 1], not {obj.dtype}")
-    if not (torch.isfinite(obj).all() and obj.min() >= 0 and obj.max() <= 1):
+    if not _levels(obj):
         raise ValueError("an object must be finite and lie in [0, 1]")
     if not (obj[3] > 0).any():
         raise ValueError("the mask is empty: alpha is 0 everywhere")
@@ -209,7 +214,7 @@ def paint(
             f"a background is a colour or an image of shape (3, {canvas}, {canvas}), "
             f"not {tuple(colour.shape)}"
         )
-    if not (torch.isfinite(colour).all() and colour.min() >= 0 and colour.max() <= 1):
+    if not _levels(colour):
         raise ValueError("a background must be finite and lie in [0, 1]")
     return colour.to(device=device, dtype=torch.float32).contiguous()
 

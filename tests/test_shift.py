@@ -1,0 +1,379 @@
+"""Sweeps: composition against PIL, cosines against a plain loop, nets whose answer is known."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
+
+from fmlib import encoders, shift
+from fmlib.encoders import Encoder
+
+
+def cutout(height=40, width=30, *, seed=0):
+    """A random blob with soft edges and, where it is transparent, invisible black."""
+    generator = torch.Generator().manual_seed(seed)
+    colour = torch.rand(3, height, width, generator=generator)
+    y, x = torch.meshgrid(
+        torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij"
+    )
+    alpha = ((1.1 - (y**2 + x**2).sqrt()) * 4).clamp(0, 1)
+    return torch.cat([torch.where(alpha > 0, colour, 0.0), alpha[None]])
+
+
+def noise(side=9, *, seed=0):
+    """An opaque square of noise: nothing of it is lost in a resize to its own size."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.cat([torch.rand(3, side, side, generator=generator), torch.ones(1, side, side)])
+
+
+def tiny(*modules, size=32):
+    """Build an encoder whose layers go by number."""
+    return Encoder(nn.Sequential(*modules), name="tiny", input_size=size)
+
+
+def weighted(conv, *, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in conv.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return conv
+
+
+# ------------------------------------------------------------------------------------------- grid
+
+
+def test_grid_of_the_paper():
+    places = shift.grid(224, 125, 1)
+    assert places.shape == (100, 100)
+    assert places.positions[0].tolist() == [0, 0]
+    assert places.positions[1].tolist() == [0, 1]  # row by row
+    assert places.positions[-1].tolist() == [99, 99]
+    assert shift.grid(224, 75, 1).shape == (150, 150)
+    assert shift.references(224, 125).tolist() == [[0, 0], [0, 99], [49, 49], [99, 0], [99, 99]]
+    assert shift.references(224, 75)[2].tolist() == [74, 74]
+
+
+@given(st.integers(2, 60), st.integers(1, 60), st.integers(1, 20))
+def test_grid_positions_fit(canvas, size, stride):
+    if size > canvas or canvas - size < stride:
+        with pytest.raises(ValueError, match=r"fit|single position"):
+            shift.grid(canvas, size, stride)
+        return
+    places = shift.grid(canvas, size, stride)
+    assert len(places.positions) == places.shape[0] * places.shape[1] > 1
+    assert places.positions.min() == 0
+    assert places.positions.max() + size <= canvas < places.positions.max() + size + stride
+    assert places.offsets == sorted(set(places.positions[:, 1].tolist()))
+
+
+@pytest.mark.parametrize(
+    ("canvas", "size", "stride", "words"),
+    [
+        (224, 225, 1, "does not fit"),
+        (224, 125, 0, "stride"),
+        (224, 125, -3, "stride"),
+        (224, 125, 1.5, "stride"),
+        (224, True, 1, "size"),
+        (224, 224, 1, "fills the canvas"),
+        (224, 125, 100, "at most 99"),
+    ],
+)
+def test_grid_refuses(canvas, size, stride, words):
+    with pytest.raises(ValueError, match=words):
+        shift.grid(canvas, size, stride)
+
+
+# ---------------------------------------------------------------------------------------- objects
+
+
+def test_prepare_leaves_no_dark_fringe():
+    """A white disc whose transparent pixels are black stays white on a white canvas."""
+    obj = cutout(200, 90)
+    obj[:] = (obj[3] > 0).float()  # white where it is opaque, black where it is not
+    small = shift.prepare(obj, 31)
+    assert small.shape == (4, 31, 31)
+    canvas = shift.compose(small, torch.tensor([[3, 5]]), canvas=40, background="white")
+    torch.testing.assert_close(canvas, torch.ones_like(canvas))
+    naive = F.interpolate(obj[None], (31, 31), mode="bilinear", antialias=True)[0]
+    naive = shift.compose(naive, torch.tensor([[3, 5]]), canvas=40, background="white")
+    assert naive.min() < 0.8  # what is to be avoided
+
+
+def test_prepare_matches_pillow():
+    obj = cutout(120, 80)
+    pixels = (obj.permute(1, 2, 0) * 255).round().byte().numpy()
+    oracle = Image.fromarray(pixels, "RGBA").convert("RGBa")
+    oracle = np.asarray(oracle.resize((25, 25), Image.Resampling.BILINEAR), float) / 255
+    small = shift.prepare(torch.from_numpy(pixels).permute(2, 0, 1).float() / 255, 25)
+    premultiplied = torch.cat([small[:3] * small[3:], small[3:]]).permute(1, 2, 0).numpy()
+    assert np.abs(premultiplied - oracle).max() < 2.1 / 255  # its 8-bit rounding, thrice
+
+
+@pytest.mark.parametrize(
+    ("obj", "words"),
+    [
+        (torch.rand(3, 9, 9), "alpha"),
+        (torch.cat([torch.rand(3, 9, 9), torch.zeros(1, 9, 9)]), "mask is empty"),
+        (torch.full((4, 9, 9), 255.0), r"\[0, 1\]"),
+        (torch.full((4, 9, 9), float("nan")), "finite"),
+        (torch.ones(4, 9, 9, dtype=torch.uint8), "float"),
+        (torch.rand(9, 9), "shape"),
+        ("cat.png", "shape"),
+    ],
+)
+def test_bad_objects(obj, words):
+    with pytest.raises(ValueError, match=words):
+        shift.prepare(obj, 5)
+    with pytest.raises(ValueError, match=f"object 1: .*{words}"):
+        shift.sweep(tiny(nn.Conv2d(3, 2, 1)), [cutout(), obj], ["0"], size=9, canvas=32, stride=8)
+
+
+# ------------------------------------------------------------------------------------ composition
+
+
+def test_paint():
+    assert shift.paint("white", 4).eq(1).all()
+    torch.testing.assert_close(shift.paint("grey", 4), torch.full((3, 4, 4), 128 / 255))
+    assert shift.paint(0.25, 4).eq(0.25).all()
+    assert shift.paint((0.1, 0.2, 0.3), 4)[:, 2, 1].tolist() == pytest.approx([0.1, 0.2, 0.3])
+    photo = torch.rand(3, 4, 4)
+    assert torch.equal(shift.paint(photo, 4), photo)
+    with pytest.raises(ValueError, match=r"did you mean.*white"):
+        shift.paint("whit", 4)
+    with pytest.raises(ValueError, match=r"\(3, 4, 4\)"):
+        shift.paint(torch.rand(3, 5, 4), 4)
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        shift.paint(255.0, 4)
+
+
+@pytest.mark.parametrize("background", ["white", 0.3, "photograph"])
+def test_compose_is_alpha_over(background):
+    ground = torch.rand(3, 48, 48) if background == "photograph" else shift.paint(background, 48)
+    obj = cutout(20, 17)
+    positions = torch.tensor([[0, 0], [28, 31], [5, 9], [11, 0]])
+    found = shift.compose(obj, positions, canvas=48, background=ground)
+    assert found.shape == (4, 3, 48, 48)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    for picture, (y, x) in zip(found, positions.tolist(), strict=True):
+        expected = ground.clone()
+        under = expected[:, y : y + 20, x : x + 17]
+        expected[:, y : y + 20, x : x + 17] = obj[:3] * obj[3:] + under * (1 - obj[3:])
+        torch.testing.assert_close(picture, expected, atol=1e-6, rtol=0)
+
+
+def test_compose_matches_pillow_to_its_rounding():
+    obj = (cutout(20, 20) * 255).round() / 255
+    pixels = Image.fromarray((obj.permute(1, 2, 0) * 255).round().byte().numpy(), "RGBA")
+    canvas = Image.new("RGB", (48, 48), "white")
+    canvas.paste(pixels, (7, 13), pixels)
+    found = shift.compose(obj, torch.tensor([[13, 7]]), canvas=48, background="white")[0]
+    oracle = np.asarray(canvas, float).transpose(2, 0, 1) / 255
+    assert np.abs(found.numpy() - oracle).max() < 1.01 / 255
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [torch.tensor([[-1, 0]]), torch.tensor([[0, 29]]), torch.rand(2, 2), torch.tensor([1, 2])],
+)
+def test_compose_refuses_positions(positions):
+    with pytest.raises(ValueError, match="position"):
+        shift.compose(cutout(20, 20), positions, canvas=48)
+
+
+# ------------------------------------------------------------------------------------------ sweep
+
+
+def plain_cosines(encoder, obj, layer, positions, *, size, canvas):
+    """One picture at a time through the encoder's own forward, cut off by no hook of ours."""
+    small = shift.prepare(obj, size)
+    values = {}
+    module = encoder.net.get_submodule(layer)
+
+    def vector(y, x):
+        picture = torch.ones(3, canvas, canvas)
+        under = picture[:, y : y + size, x : x + size]
+        picture[:, y : y + size, x : x + size] = small[:3] * small[3:] + under * (1 - small[3:])
+        handle = module.register_forward_hook(lambda *a: values.update(out=a[2].clone()))
+        with torch.no_grad():
+            encoder(picture[None])
+        handle.remove()
+        out = values["out"][0]
+        return (out.mean((1, 2)) if out.ndim == 3 else out).double()
+
+    anchors = [vector(*p) for p in shift.references(canvas, size).tolist()]
+    return torch.stack(
+        [
+            torch.stack([F.cosine_similarity(vector(*p), a, dim=0) for p in positions.tolist()])
+            for a in anchors
+        ]
+    )
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "squeezenet1_1", "random:squeezenet1_1"])
+def test_sweep_agrees_with_a_plain_loop(name):
+    encoder = encoders.load(name)
+    layers = [encoder.recommended[1], encoder.recommended[-1]]
+    obj = cutout(150, 90)
+    maps = shift.sweep(encoder, [obj], layers, size=125, stride=49, span=3)
+    for layer in layers:
+        expected = plain_cosines(
+            encoder, obj, layer, maps[layer].grid.positions, size=125, canvas=224
+        )
+        found = maps[layer].cosine[0].flatten(1).double()
+        assert (found - expected).abs().max() < 1e-5
+        assert found[0, 0] == pytest.approx(1, abs=1e-6)  # the first position is a reference
+
+
+def test_invariant_net_gives_one_everywhere():
+    encoder = tiny(weighted(nn.Conv2d(3, 8, 1, bias=False)), nn.ReLU())
+    maps = shift.sweep(
+        encoder, [noise()], ["0", "1"], size=9, canvas=32, background="black", stride=1
+    )
+    for layer in ("0", "1"):
+        torch.testing.assert_close(maps[layer].cosine, torch.ones(1, 5, 24, 24), atol=2e-6, rtol=0)
+        assert maps[layer].wiggle.max() < 1e-6
+        assert shift.global_cosine(maps[layer]).item() == pytest.approx(1, abs=1e-6)
+    # The flattened map of the same net is equivariant, so it is far from invariant.
+    flat = shift.sweep(
+        encoder, [noise()], ["0"], size=9, canvas=32, background="black", stride=1, pool="flatten"
+    )
+    assert shift.global_cosine(flat["0"]).item() < 0.7
+
+
+def test_unpooled_stride_shows_its_period():
+    """Sampling every second pixel: the mean feature depends on the parity of the position alone."""
+    encoder = tiny(weighted(nn.Conv2d(3, 8, 1, stride=2, bias=False)))
+    maps = shift.sweep(encoder, [noise()], ["0"], size=9, canvas=32, background="black", stride=1)[
+        "0"
+    ]
+    cosine = maps.cosine[0, 2]
+    torch.testing.assert_close(cosine[2:], cosine[:-2], atol=1e-6, rtol=0)
+    torch.testing.assert_close(cosine[:, 2:], cosine[:, :-2], atol=1e-6, rtol=0)
+    assert (cosine[1:] - cosine[:-1]).abs().min() > 1e-5
+    # The centre is (11, 11): odd positions agree with it exactly, even ones do not.
+    torch.testing.assert_close(cosine[1::2, 1::2], torch.ones(12, 12), atol=1e-6, rtol=0)
+    assert cosine[0::2, 0::2].max() < 1 - 1e-5
+
+
+def test_wiggle_of_a_coarse_grid_is_that_of_a_line():
+    encoder = tiny(weighted(nn.Conv2d(3, 8, 3, stride=4, bias=False)))
+    fine = shift.sweep(encoder, [noise()], ["0"], size=9, canvas=32, background="black", stride=1)[
+        "0"
+    ]
+    coarse = shift.sweep(
+        encoder, [noise()], ["0"], size=9, canvas=32, background="black", stride=8, span=10
+    )["0"]
+    assert fine.profile_offsets.tolist() == list(range(-11, 13))
+    assert coarse.profile_offsets.tolist() == list(range(-5, 6))
+    torch.testing.assert_close(fine.profile[0, 0], fine.cosine[0, 2, :, 11])
+    torch.testing.assert_close(fine.profile[0, 1], fine.cosine[0, 2, 11, :])
+    torch.testing.assert_close(coarse.profile[0], fine.profile[0, :, 6:17])
+    centre = fine.cosine[0, 2]
+    by_hand = torch.cat([centre.diff(dim=0).flatten(), centre.diff(dim=1).flatten()]).abs().mean()
+    torch.testing.assert_close(fine.wiggle[0], by_hand)
+    torch.testing.assert_close(coarse.wiggle[0], coarse.profile.diff(dim=2).abs().mean())
+    torch.testing.assert_close(coarse.cosine, fine.cosine[..., ::8, ::8])
+
+
+def test_means_leave_a_reference_out_of_its_own_map():
+    encoder = tiny(weighted(nn.Conv2d(3, 8, 3, stride=4, bias=False)))
+    maps = shift.sweep(
+        encoder,
+        [noise(8), noise(8, seed=1)],
+        ["0"],
+        size=8,
+        canvas=32,
+        background="black",
+        stride=24,
+    )
+    cosine = maps["0"].cosine  # positions are the four corners; the centre is not among them
+    assert maps["0"].grid.positions.tolist() == [[0, 0], [0, 24], [24, 0], [24, 24]]
+    corners = cosine[:, [0, 1, 3, 4]].flatten(2).double()
+    off_diagonal = ~torch.eye(4, dtype=torch.bool)
+    expected = corners[:, off_diagonal].mean(1)
+    torch.testing.assert_close(shift.global_cosine(maps["0"]), expected)
+    torch.testing.assert_close(
+        shift.centre_cosine(maps["0"]), cosine[:, 2].flatten(1).double().mean(1)
+    )
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(1, 40))
+def test_batch_size_changes_nothing(batch_size):
+    encoder = tiny(weighted(nn.Conv2d(3, 8, 3, stride=2, padding=1)), nn.ReLU())
+    arguments = {"size": 9, "canvas": 32, "stride": 6, "span": 4}
+    one = shift.sweep(encoder, [cutout()], ["1"], batch_size=batch_size, **arguments)["1"]
+    other = shift.sweep(encoder, [cutout()], ["1"], batch_size=16, **arguments)["1"]
+    torch.testing.assert_close(one.cosine, other.cosine, atol=1e-6, rtol=0)
+
+
+def test_features_stream_every_position_once():
+    encoder = tiny(weighted(nn.Conv2d(3, 8, 3)))
+    positions = shift.grid(32, 9, 5).positions
+    seen = []
+    for index, vectors in shift.features(
+        encoder, shift.prepare(cutout(), 9), positions, ["0"], canvas=32, batch_size=7
+    ):
+        assert vectors["0"].shape == (len(index), 8)
+        assert len(index) <= 7
+        seen += index.tolist()
+    assert sorted(seen) == list(range(len(positions)))
+
+
+def test_same_seed_same_bits_and_threads_agree():
+    encoder = encoders.load("efficientnet_lite0")
+    arguments = {"size": 125, "stride": 99, "span": 2}
+    layer = encoder.recommended[-1]
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 1, 2):
+            torch.set_num_threads(count)
+            results.append(shift.sweep(encoder, [cutout()], [layer], **arguments)[layer])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0].cosine, results[1].cosine)
+    assert (results[0].cosine - results[2].cosine).abs().max() < 1e-5
+
+
+def test_sweep_refuses():
+    encoder = tiny(weighted(nn.Conv2d(3, 8, 3)))
+    good = {"size": 9, "canvas": 32, "stride": 8}
+    with pytest.raises(ValueError, match="0"):
+        shift.sweep(encoder, [cutout()], ["00"], **good)
+    with pytest.raises(ValueError, match="list of names"):
+        shift.sweep(encoder, [cutout()], "0", **good)
+    with pytest.raises(ValueError, match="at least one layer"):
+        shift.sweep(encoder, [cutout()], [], **good)
+    with pytest.raises(ValueError, match="no objects"):
+        shift.sweep(encoder, [], ["0"], **good)
+    with pytest.raises(ValueError, match="pool"):
+        shift.sweep(encoder, [cutout()], ["0"], pool="max", **good)  # pyright: ignore
+    with pytest.raises(ValueError, match="batch_size"):
+        shift.sweep(encoder, [cutout()], ["0"], batch_size=0, **good)
+    with pytest.raises(ValueError, match="span"):
+        shift.sweep(encoder, [cutout()], ["0"], span=0, **good)
+
+
+# ----------------------------------------------------------------------------------------- floors
+
+
+def test_floors():
+    encoder = tiny(weighted(nn.Conv2d(3, 8, 3)), nn.ReLU())
+    objects = [noise(), noise(seed=1), noise()]
+    scale = shift.floors(encoder, objects, ["1"], size=9, canvas=32, background="black")["1"]
+    assert scale.between.shape == (3, 3)
+    torch.testing.assert_close(scale.between.diagonal(), torch.ones(3))
+    torch.testing.assert_close(scale.between, scale.between.T)
+    assert scale.between[0, 2] == pytest.approx(1, abs=1e-6)
+    assert scale.between[0, 1] < 1 - 1e-5
+    # An object of the canvas's own colour is no object.
+    ghost = torch.ones(4, 9, 9)
+    scale = shift.floors(encoder, [ghost], ["1"], size=9, canvas=32, background="white")["1"]
+    assert scale.empty[0] == pytest.approx(1, abs=1e-6)
+    with pytest.raises(ValueError, match="no objects"):
+        shift.floors(encoder, [], ["1"])
