@@ -17,7 +17,7 @@ import struct
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import parse_qsl
@@ -221,9 +221,8 @@ class ImageSet:
 
     name: str
     table: pd.DataFrame
+    _read: Callable[[dict[str, Any]], torch.Tensor] = field(repr=False)
     skipped: tuple[tuple[str, str], ...] = ()
-    _read: Callable[[dict[str, Any]], torch.Tensor] = field(default=read, repr=False)  # type:
-    ignore[assignment]
 
     @property
     def hash(self) -> str:
@@ -272,7 +271,7 @@ class ImageSet:
             if len(bad):
                 raise ValueError(f"no image {bad[0]} in {self.name}, which has {len(self)}")
         table = self.table.iloc[positions].reset_index(drop=True)
-        return ImageSet(self.name, table, self.skipped, self._read)
+        return replace(self, table=table)
 
     def split(self, fraction: float = 0.8, *, seed: int = 0) -> tuple["ImageSet", "ImageSet"]:
         """Two parts that share no source group, the first of about `fraction` of the groups.
@@ -844,7 +843,7 @@ def load(
         raise ImageError(f"{name}: no usable image{first}")
     table = pd.DataFrame([kept[i] for i in sorted(kept)]).reindex(columns=_COLUMNS)
     table = table.astype(object).where(table.notna(), None)
-    result = ImageSet(name, table, tuple(skipped), source.read)
+    result = ImageSet(name, table, source.read, tuple(skipped))
     noted = name if limit is None else f"{name} (limit {limit}, seed {seed})"
     store.note("images", noted, result.hash)
     return result
