@@ -245,7 +245,7 @@ def test_a_run_leaves_notebook_metrics_and_manifest(project: Path, monkeypatch, 
     (project / "requirements.lock").write_text("a==1")
     source = write_notebook(
         project / "notebooks/n.ipynb",
-        "import os, sys\nfrom fmlib import runs\nfrom fmlib.stats import Interval",
+        "import os, sys\nimport torch\nfrom fmlib import runs\nfrom fmlib.stats import Interval",
         "assert 'stray' not in dir()\nassert (seed, rate, encoder) == (3, 1.0, 'other')",
         f"assert sys.executable == {sys.executable!r}\nassert os.getcwd() == {str(project)!r}",
         "assert os.environ['MPLBACKEND'].endswith('inline')",

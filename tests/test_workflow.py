@@ -1,0 +1,244 @@
+"""The workflow on a small copy of the project: what is re-run, what is not, what a kill leaves."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from nbformat.v4 import new_code_cell, new_notebook
+
+ROOT = Path(__file__).resolve().parents[1]
+PARAMETERS = "seed: int = 0  # of noise, count\nwait: float = 0.0  # before the end, s"
+NOTEBOOKS = {"a": "from fmlib import alpha", "b": "from fmlib import beta"}
+MODULES = {"alpha": "from fmlib import common", "beta": "", "common": ""}
+
+
+def write_notebook(path: Path, first: str) -> None:
+    notebook = new_notebook()
+    notebook.cells = [
+        new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}, id="p"),
+        new_code_cell(f"{first}\nfrom fmlib import runs\nruns.metric('m', seed)", id="m"),
+        new_code_cell("import time, pathlib\npathlib.Path('begun').touch()", id="b"),
+        new_code_cell("time.sleep(wait)", id="w"),
+        new_code_cell("runs.finish()", id="f"),
+    ]
+    nbformat.write(notebook, path)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project of two notebooks and three modules, run. Tests put back what they change."""
+    project = tmp_path_factory.mktemp("project")
+    shutil.copytree(ROOT / "workflow", project / "workflow")
+    for folder in ("fmlib", "notebooks", "book", "data"):
+        (project / folder).mkdir()
+    for name in ("__init__", "__main__", "runs", "store", "book"):
+        shutil.copy(ROOT / f"fmlib/{name}.py", project / "fmlib")
+    for name, source in MODULES.items():
+        (project / f"fmlib/{name}.py").write_text(f"{source}\n")
+    for name, source in NOTEBOOKS.items():
+        write_notebook(project / f"notebooks/{name}.ipynb", source)
+    profiles = {name: {"smoke": {"seed": 1}, "slow": {"wait": 60}} for name in NOTEBOOKS}
+    (project / "notebooks/profiles.yml").write_text(yaml.safe_dump(profiles))
+    for name in ("requirements.lock", "weights.lock", "_config.yml", "_toc.yml", "book/index.md"):
+        (project / name).write_text("x\n")
+    done = snakemake(project, "runs")
+    assert executed(done) == {"a", "b"}
+    # Snakemake compares times of whole seconds on some file systems
+    time.sleep(1)
+    return project
+
+
+def command(*words: str, profile: str = "smoke", **config: object) -> list[str]:
+    settings = [f"{name}={value}" for name, value in {"profile": profile, **config}.items()]
+    snake = ["--snakefile", "workflow/Snakefile", "--workflow-profile", "workflow/profiles/local"]
+    flags = [word for word in words if word.startswith("-")]
+    targets = [word for word in words if not word.startswith("-")]
+    return [*snake, *flags, "--cores", "2", "--config", *settings, "threads=1", "--", *targets]
+
+
+def snakemake(project: Path, *words: str, ok: bool = True, **config) -> str:
+    """What a call printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", *command(*words, **config)],
+        cwd=project,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=200,
+    )
+    assert (done.returncode == 0) == ok, done.stdout
+    return done.stdout
+
+
+DRY_RUNS = """
+import json, pathlib, sys
+from snakemake.cli import main
+for name, old, new, call in json.load(sys.stdin):
+    path = pathlib.Path(name)
+    before = path.read_text()
+    path.write_text(before.replace(old, new))
+    try:
+        main(call)
+    except SystemExit:
+        pass
+    path.write_text(before)
+    print("=== next ===", flush=True)
+"""
+
+
+def dry_runs(project: Path, *calls: tuple[str, str, str, list[str]]) -> list[str]:
+    """What is printed by dry runs, each after an edit (file, old, new) that is then undone.
+
+    One process for all of them: Snakemake takes seconds to start and a moment to look.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", DRY_RUNS],
+        input=json.dumps(calls),
+        cwd=project,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=True,
+        timeout=200,
+    )
+    logs = done.stdout.split("=== next ===")[:-1]
+    assert len(logs) == len(calls), done.stdout
+    return logs
+
+
+def executed(log: str) -> set[str]:
+    """What a log says was (or, in a dry run, would be) executed: notebooks and the book."""
+    found = set(re.findall(r"Job \d+: notebook (\w+), profile", log))
+    return found | set(re.findall(r"Job \d+: (book), profile", log))
+
+
+def test_runs_appear_as_whole_folders(built: Path) -> None:
+    for name in NOTEBOOKS:
+        folder = built / "_build/runs/smoke" / name
+        found = {p.name for p in folder.iterdir()}
+        assert found == {"notebook.ipynb", "metrics.json", "manifest.json"}
+        assert json.loads((folder / "metrics.json").read_text())["metrics"]["m"]["value"] == 1
+
+
+CHANGES = {
+    "a notebook": ("notebooks/a.ipynb", "import time", "import time as t, time", {"a"}),
+    "a module of one": ("fmlib/alpha.py", "common", "common as c", {"a"}),
+    "a module behind it": ("fmlib/common.py", "\n", "x = 1\n", {"a"}),
+    "the other's module": ("fmlib/beta.py", "\n", "x = 1\n", {"b"}),
+    "the runner": ("fmlib/runs.py", '"""Strict', '"""Very strict', {"a", "b"}),
+    "the book's builder": ("fmlib/book.py", '"""From', '"""Away from', set()),
+    "the locked versions": ("requirements.lock", "x", "y", {"a", "b"}),
+    "a profile's value": ("notebooks/profiles.yml", "seed: 1", "seed: 2", {"a", "b"}),
+    "another profile's": ("notebooks/profiles.yml", "wait: 60", "wait: 50", set()),
+    "the prose": ("book/index.md", "x", "y", set()),
+}
+
+
+def test_a_change_reruns_what_rests_on_it(built: Path) -> None:
+    """And nothing else, although undoing the changes before leaves newer files behind."""
+    for file, old, _, _ in CHANGES.values():
+        assert old in (built / file).read_text()
+    call = command("--dry-run", "book")
+    edits = [(file, old, new, call) for file, old, new, _ in CHANGES.values()]
+    *logs, last = dry_runs(built, *edits, ("requirements.lock", "x", "x", command("-n", "runs")))
+    assert "Nothing to be done" in last
+    found = {what: executed(log) for what, log in zip(CHANGES, logs, strict=True)}
+    # the book is not built here, so it is always due
+    assert found == {what: {*entry[3], "book"} for what, entry in CHANGES.items()}
+
+
+def test_a_changed_notebook_is_rerun_alone(built: Path) -> None:
+    path = built / "notebooks/b.ipynb"
+    before = path.read_text()
+    kept = (built / "_build/runs/smoke/a/manifest.json").read_bytes()
+    # A change that fails: nothing counts as done, the remains are where the message says
+    path.write_text(before.replace("'m', seed", "'m', None"))
+    log = snakemake(built, "runs", ok=False)
+    assert "metric 'm': value is None" in log
+    assert "_build/failed/smoke/b" in log
+    assert (built / "_build/failed/smoke/b/notebook.ipynb").exists()
+    assert not (built / "_build/runs/smoke/b/metrics.json").exists()
+    # mended by another change
+    path.write_text(before.replace("'m', seed", "'m', seed + 1"))
+    assert executed(snakemake(built, "runs")) == {"b"}
+    metrics = json.loads((built / "_build/runs/smoke/b/metrics.json").read_text())
+    assert metrics["metrics"]["m"]["value"] == 2
+    assert not (built / "_build/failed/smoke/b").exists()
+    assert (built / "_build/runs/smoke/a/manifest.json").read_bytes() == kept
+
+
+@pytest.mark.skipif(os.name != "posix", reason="process groups are POSIX's")
+def test_a_killed_build_leaves_nothing_that_counts(built: Path) -> None:
+    target = "_build/runs/slow/a/metrics.json"
+    (built / "begun").unlink(missing_ok=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "snakemake", *command(target, profile="slow")],
+        cwd=built,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (built / "begun").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)  # the kernel is not in the group: it has to notice
+    process.wait()
+    left = built / "_build/runs/slow"
+    assert [p for p in left.rglob("*") if p.is_file()] == []
+    profiles = built / "notebooks/profiles.yml"
+    before = profiles.read_text()
+    profiles.write_text(before.replace("wait: 60", "wait: 0"))
+    assert executed(snakemake(built, target, profile="slow")) == {"a"}
+    profiles.write_text(before)
+    assert (left / "a/manifest.json").exists()
+
+
+def test_a_sweep_is_a_data_set_and_resumes(built: Path) -> None:
+    import pandas as pd
+
+    sweep = {"notebook": "a", "profile": "smoke", "grid": {"seed": [3, 4], "wait": [0]}}
+    (built / "tiny.yml").write_text(yaml.safe_dump(sweep, default_flow_style=True))
+    snakemake(built, "sweep", sweep="tiny.yml")
+    folder = built / "_build/sweeps/tiny/metrics"
+    table = pd.read_parquet(folder)
+    assert sorted(table["value"]) == sorted(table["parameters.seed"]) == [3, 4]
+    # A lost part is made again, a grown grid adds its points: nothing else is run
+    next(folder.iterdir()).unlink()
+    call = command("--dry-run", "sweep", sweep="tiny.yml")
+    lost, grown, wrong = dry_runs(
+        built,
+        ("tiny.yml", "x", "x", call),
+        ("tiny.yml", "[3, 4]", "[3, 4, 5]", call),
+        ("tiny.yml", "seed:", "sead:", call),
+    )
+    jobs = [set(re.findall(r"Job \d+: tiny: (.*)", log)) for log in (lost, grown, wrong)]
+    assert len(jobs[0]) == 1
+    assert jobs[1] == jobs[0] | {"-p seed 5 -p wait 0"}
+    # a mistake in the grid shows before anything runs
+    assert jobs[2] == set()
+    assert "unknown parameter 'sead' of a.ipynb; did you mean 'seed'?" in wrong
+
+
+def test_the_real_graph_can_be_drawn() -> None:
+    """Every notebook that profiles.yml names exists, and its parameters merge."""
+    known = yaml.safe_load((ROOT / "notebooks/profiles.yml").read_text())
+    assert executed(snakemake(ROOT, "runs", "--dry-run", "--forceall")) == set(known)
+
+
+def test_profiles_hold_options_of_snakemake() -> None:
+    call = [sys.executable, "-m", "snakemake", "--help"]
+    text = subprocess.run(call, capture_output=True, text=True, check=True).stdout
+    for name in ("local", "slurm"):
+        options = yaml.safe_load((ROOT / f"workflow/profiles/{name}/config.yaml").read_text())
+        assert [name for name in options if not re.search(rf"--{name}[ ,\n]", text)] == []
