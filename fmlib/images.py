@@ -15,6 +15,7 @@ import io
 import os
 import struct
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,19 +36,31 @@ MAX_PIXELS = 100_000_000
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+# what Pillow and its plugins raise on damaged files
+_DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+)
 _COLUMNS = ["id", "group", "label", "author", "licence", "path", "sha256"]
 
 # name -> (package, file in it, label, author, licence); only what lies in the wheels themselves
 _CLASSICS = {
-    "astronaut": ("skimage.data", "astronaut.png", "person", "NASA", "LicenseRef-PublicDomain"),
-    "brick": ("skimage.data", "brick.png", "texture", "CC0Textures", "CC0-1.0"),
-    "chelsea": ("skimage.data", "chelsea.png", "cat", "Stéfan van der Walt", "CC0-1.0"),
-    "china": ("sklearn.datasets", "images/china.jpg", "palace", "danielbuechele", "CC-BY-2.0"),
-    "coffee": ("skimage.data", "coffee.png", "cup", "Rachel Michetti", "CC0-1.0"),
-    "flower": ("sklearn.datasets", "images/flower.jpg", "flower", "vultilion", "CC-BY-2.0"),
-    "grass": ("skimage.data", "grass.png", "texture", "linolafett", "CC0-1.0"),
-    "gravel": ("skimage.data", "gravel.png", "texture", "CC0Textures", "CC0-1.0"),
-    "rocket": ("skimage.data", "rocket.jpg", "rocket", "SpaceX", "LicenseRef-PublicDomain"),
+    "astronaut": ("skimage", "data/astronaut.png", "person", "NASA", "LicenseRef-PublicDomain"),
+    "brick": ("skimage", "data/brick.png", "texture", "CC0Textures", "CC0-1.0"),
+    "chelsea": ("skimage", "data/chelsea.png", "cat", "Stéfan van der Walt", "CC0-1.0"),
+    "china": ("sklearn", "datasets/images/china.jpg", "palace", "danielbuechele", "CC-BY-2.0"),
+    "coffee": ("skimage", "data/coffee.png", "cup", "Rachel Michetti", "CC0-1.0"),
+    "flower": ("sklearn", "datasets/images/flower.jpg", "flower", "vultilion", "CC-BY-2.0"),
+    "grass": ("skimage", "data/grass.png", "texture", "linolafett", "CC0-1.0"),
+    "gravel": ("skimage", "data/gravel.png", "texture", "CC0Textures", "CC0-1.0"),
+    "rocket": ("skimage", "data/rocket.jpg", "rocket", "SpaceX", "LicenseRef-PublicDomain"),
 }
 
 
@@ -72,7 +85,7 @@ def _naming(place: str) -> Iterator[None]:
         raise ImageError(
             f"{place}: {error}; to allow it, set PIL.Image.MAX_IMAGE_PIXELS"
         ) from error
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error) as error:
+    except _DAMAGE as error:
         text = str(error) or type(error).__name__
         raise ImageError(f"{place}: broken or not an image ({text})") from error
 
@@ -102,7 +115,7 @@ def _pixels(image: Image.Image) -> np.ndarray:
     """
     image.load()
     # a damaged EXIF block counts as "upright", as in viewers
-    with contextlib.suppress(SyntaxError, ValueError, KeyError, TypeError, struct.error):
+    with contextlib.suppress(*_DAMAGE):
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         grey = np.asarray(image).astype(np.float32)
@@ -504,6 +517,7 @@ def _packaged(name: str, *, max_pixels: int) -> _Source:
 def _classics(*, max_pixels: int) -> _Source:
     rows = []
     for name, (package, file, label, author, licence) in _CLASSICS.items():
+        # found without importing it: that would take seconds
         spec = importlib.util.find_spec(package)
         folders = list(spec.submodule_search_locations or []) if spec else []
         if not folders:
@@ -652,7 +666,8 @@ class _CocoReader:
     def __call__(self, row: dict[str, Any]) -> torch.Tensor:
         annotation = self.coco.anns[int(row["id"])]
         x = read(row["path"], max_pixels=self.max_pixels)
-        mask = torch.from_numpy(self.coco.annToMask(annotation)).to(x.dtype)
+        with _naming(f"{row['path']}, annotation {row['id']}"):
+            mask = torch.from_numpy(self.coco.annToMask(annotation)).to(x.dtype)
         if mask.shape != x.shape[1:]:
             raise ImageError(
                 f"{row['path']}: {tuple(x.shape[1:])} pixels, but annotation {row['id']} is for "
