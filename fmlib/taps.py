@@ -130,7 +130,7 @@ def _from_native(output: Tensor, layout: _Layout) -> tuple[Tensor, Tensor | None
         grid = output[:, layout.prefix :].transpose(1, 2).unflatten(2, layout.grid)
         prefix = output[:, : layout.prefix].clone() if layout.prefix else None
         return grid.clone(memory_format=torch.contiguous_format), prefix
-    return output.clone(), None
+    return output.clone(memory_format=torch.contiguous_format), None
 
 
 def _to_native(features: Tensor, prefix: Tensor | None, layout: _Layout) -> Tensor:
@@ -425,7 +425,7 @@ def read(encoder: Encoder, layers: str | Iterable[str]) -> Iterator[Reader]:
     ``with taps.read(encoder, layers) as read: features = read(images)``
 
     Gives a dict layer -> tensor: feature maps and token grids (N, C, H, W), whatever the network's
-    own layout, vectors (N, C); other shapes (attention windows) come as they are. Class and
+    own layout, contiguous; vectors (N, C); other shapes (attention windows) as they are. Class and
     register tokens are in ``read.prefix[layer]`` (N, T, C). Values are copies (an in-place ReLU
     after a convolution cannot change them) and keep the autograd graph; the forward pass stops
     after the deepest layer asked for; the hooks go even when something raises.
@@ -724,11 +724,20 @@ def _pass_through(function: Callable[..., Any], linear: Callable[..., Any] | Non
     return replaced
 
 
-def _average_like_max(
-    x: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, *args: Any, **kwargs: Any
-) -> Tensor:
-    ceil_mode = kwargs.get("ceil_mode", args[1] if len(args) > 1 else False)
-    return F.avg_pool2d(x, kernel_size, stride or kernel_size, padding, ceil_mode=ceil_mode)
+def _max_pool(
+    x: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Any:
+    value = F.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    if return_indices or dilation not in (1, (1, 1), [1, 1]):
+        return value
+    average = F.avg_pool2d(x, kernel_size, stride, padding, ceil_mode)
+    return average + (value - average).detach()
 
 
 def _replacements() -> dict[Any, Callable[..., Any]]:
@@ -743,7 +752,6 @@ def _replacements() -> dict[Any, Callable[..., Any]]:
     )
     hardswish = _pass_through(lambda x, inplace=False: x * torch.clamp(x + 3, 0, 6) / 6)
     hardsigmoid = _pass_through(lambda x, inplace=False: torch.clamp(x / 6 + 0.5, 0, 1))
-    maximum = _pass_through(torch.max_pool2d, _average_like_max)
     adaptive = _pass_through(
         lambda x, size, return_indices=False: F.adaptive_max_pool2d(x, size),
         lambda x, size, return_indices=False: F.adaptive_avg_pool2d(x, size),
@@ -753,7 +761,7 @@ def _replacements() -> dict[Any, Callable[..., Any]]:
         F.relu6: relu6, F.hardtanh: hardtanh, F.hardtanh_: hardtanh,
         F.hardswish: hardswish, F.hardsigmoid: hardsigmoid,
         torch.clamp: clamp, torch.clamp_: clamp, Tensor.clamp: clamp, Tensor.clamp_: clamp,
-        torch.max_pool2d: maximum,
+        F.max_pool2d: _max_pool, torch.max_pool2d: _max_pool,
         F.adaptive_max_pool2d: adaptive,
     }  # fmt: skip
     return table
@@ -814,14 +822,17 @@ def spans(
 
     Unit i of the axis is connected to the pixels low + i·stride to high + i·stride of an image
     without borders; measured at the centre as in :func:`receptive_fields`. None where the field
-    reaches the border of an image of this ``size``, or the layer is no map.
+    reaches the border of an image of this ``size``, or the layer is no map. The result is cached
+    like that of :func:`trace`.
     """
     known = trace(encoder, size=size)
     sides = _size(encoder, size)
-    result: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]] | None] = {}
-    for name, extent in _extents(encoder, layers, size=size):
+    names = _names(encoder, layers)
+    cache = _cache(encoder).setdefault(("spans", sides, _signature(encoder.net)), {})
+    missing = [name for name in names if name not in cache]
+    for name, extent in _extents(encoder, missing, size=size) if missing else ():
         record = known[name]
-        result[name] = None
+        cache[name] = None
         if extent is None or min(record.height, record.width) < 3:
             continue
         at = (record.height // 2, record.width // 2)
@@ -836,8 +847,8 @@ def spans(
             for unit, (low, high), (earlier, _) in zip(at, here, before, strict=True):
                 stride = low - earlier
                 axes.append((low - unit * stride, high - unit * stride, stride))
-            result[name] = (axes[0], axes[1])
-    return result
+            cache[name] = (axes[0], axes[1])
+    return {name: cache[name] for name in names}
 
 
 def _extents(

@@ -1,0 +1,245 @@
+"""Early layers once per stride phase: the exact short cut of an exhaustive shift sweep.
+
+An object on a plain canvas, moved by a whole stride of a layer, gives the same feature map moved by
+one unit, except where a unit sees the canvas's border. So the early layers are computed for one
+position per stride phase (and for every position near the border), and the map of any other
+position is put together: the empty canvas's map with the object's window pasted at its place. The
+rest of the network runs on that. A chain of such layers is chosen by a cost model; nothing is
+approximated (the same idea, over video and occlusions: Krypton, Nakandala et al. 2019).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from . import taps
+from .encoders import Encoder
+
+#: Reading and writing one number costs about as much as this many multiply-adds.
+_MEMORY_COST = 20
+#: Windows kept for each layer of the chain.
+_CACHE_BYTES = 256 * 2**20
+
+
+Place = tuple[int, int]
+Segment = Callable[[Tensor], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Along one axis: which units of a layer an object touches, and which positions are alike.
+
+    Unit i sees the pixels ``low + i·stride`` to ``high + i·stride``; the canvas has ``canvas``
+    pixels, the map ``units``, the object ``size``.
+    """
+
+    low: int
+    high: int
+    stride: int
+    units: int
+    canvas: int
+    size: int
+
+    def window(self, x: int) -> tuple[int, int]:
+        """First and last + 1 unit that sees the object at pixel ``x``."""
+        first = math.ceil((x - self.high) / self.stride)
+        last = (x + self.size - 1 - self.low) // self.stride
+        return max(first, 0), min(last, self.units - 1) + 1
+
+    def interior(self, x: int) -> bool:
+        """Whether no unit that sees the object also sees the border's padding."""
+        first = math.ceil((x - self.high) / self.stride)
+        last = (x + self.size - 1 - self.low) // self.stride
+        inside = first >= 0 and last < self.units
+        return (
+            inside
+            and self.low + first * self.stride >= 0
+            and self.high + last * self.stride < self.canvas
+        )
+
+    def canonical(self) -> list[int]:
+        """For every position the one whose window serves it: itself, or its phase's first."""
+        first: dict[int, int] = {}
+        table = []
+        for x in range(self.canvas - self.size + 1):
+            if self.interior(x):
+                table.append(first.setdefault(x % self.stride, x))
+            else:
+                table.append(x)
+        return table
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One layer of the chain: where its windows lie and which position serves which."""
+
+    layer: str
+    rows: Axis
+    columns: Axis
+    row_table: tuple[int, ...]
+    column_table: tuple[int, ...]
+
+    def canonical(self, y: int, x: int) -> tuple[int, int]:
+        """The position whose window is pasted for (y, x)."""
+        return self.row_table[y], self.column_table[x]
+
+    def window(self, y: int, x: int) -> tuple[slice, slice, slice]:
+        """The units of a (C, H, W) map that see the object at (y, x)."""
+        return slice(None), slice(*self.rows.window(y)), slice(*self.columns.window(x))
+
+
+def _work(encoder: Encoder, canvas: int) -> list[tuple[int, float]]:
+    """Cumulative multiply-adds and memory traffic after each module that computes, by order."""
+    total, table = 0.0, []
+    for name, record in taps.trace(encoder, size=canvas).items():
+        module = encoder.net.get_submodule(name)
+        if any(True for _ in module.children()) or isinstance(module, nn.Identity):
+            continue
+        elements = record.channels * max(record.height, 1) * max(record.width, 1)
+        weight = getattr(module, "weight", None)
+        per = weight[0].numel() if isinstance(weight, Tensor) and weight.ndim > 1 else 0
+        total += elements * (per + _MEMORY_COST)
+        table.append((record.order, total))
+    return table
+
+
+def plan(
+    encoder: Encoder,
+    layers: Sequence[str],
+    positions: Tensor,
+    *,
+    size: tuple[int, int],
+    canvas: int,
+) -> list[Stage]:
+    """The chain of layers that makes a sweep over ``positions`` (P, 2) cheapest; maybe empty.
+
+    ``size`` is the object's (height, width) in pixels. Candidates are the feature maps before the
+    first of ``layers`` that separate the network (:func:`taps.tail`) and whose receptive field is
+    smaller than the canvas.
+    """
+    known = taps.trace(encoder, size=canvas)
+    first = min(known[name].order for name in taps._names(encoder, layers))
+    candidates, seen = [], set()
+    for name, record in known.items():
+        small = record.kind == "map" and record.separates and record.order < first
+        if not small or record.value in seen:
+            continue
+        seen.add(record.value)
+        candidates.append(name)
+    spans = taps.spans(encoder, candidates, size=canvas)
+    stages: list[Stage] = []
+    for name in candidates:
+        seen_by = spans[name]
+        if seen_by is None:
+            continue
+        axes = [
+            Axis(*span, units=units, canvas=canvas, size=side)
+            for span, units, side in zip(
+                seen_by, (known[name].height, known[name].width), size, strict=True
+            )
+        ]
+        tables = [tuple(axis.canonical()) for axis in axes]
+        stages.append(Stage(name, axes[0], axes[1], tables[0], tables[1]))
+
+    work = _work(encoder, canvas)
+
+    def done(order: int) -> float:
+        return max((cost for at, cost in work if at <= order), default=0.0)
+
+    count = len({tuple(p) for p in positions.tolist()})
+    needed = [len({stage.canonical(*p) for p in positions.tolist()}) for stage in stages]
+    costs = [done(known[stage.layer].order) for stage in stages]
+    # Pasting writes each map once and reads it once.
+    paste = [
+        2.0 * _MEMORY_COST * known[s.layer].channels * known[s.layer].height * known[s.layer].width
+        for s in stages
+    ]
+    total = done(max(known[name].order for name in layers))
+    # Shortest path from the picture through any chain of stages to the layers wanted.
+    best: list[tuple[float, int | None]] = []
+    for i in range(len(stages)):
+        options: list[tuple[float, int | None]] = [(needed[i] * costs[i], None)]
+        options += [
+            (best[j][0] + needed[i] * (costs[i] - costs[j] + paste[j]), j) for j in range(i)
+        ]
+        best.append(min(options, key=lambda option: option[0]))
+    ends: list[tuple[float, int | None]] = [(count * total, None)]
+    ends += [(best[i][0] + count * (total - costs[i] + paste[i]), i) for i in range(len(stages))]
+    at = min(ends, key=lambda end: end[0])[1]
+    chain: list[Stage] = []
+    while at is not None:
+        chain.append(stages[at])
+        at = best[at][1]
+    return chain[::-1]
+
+
+class Chain:
+    """The stages of :func:`plan` joined; call it with an object's painter to get a `Sweep`.
+
+    ``empty`` is the canvas without the object, (1, 3, S, S). Nothing here depends on the object, so
+    one chain serves all objects of a size.
+    """
+
+    def __init__(
+        self, encoder: Encoder, layers: Sequence[str], stages: Sequence[Stage], *, empty: Tensor
+    ) -> None:
+        self.stages = tuple(stages)
+        cuts = [stage.layer for stage in stages]
+        self.segments: list[Segment] = []
+        for start, to in zip([None, *cuts], [*([cut] for cut in cuts), list(layers)], strict=True):
+            if start is None:
+                self.segments.append(functools.partial(taps.features, encoder, layers=to))
+            else:
+                size = empty.shape[-1]
+                self.segments.append(taps.tail(encoder, start, to=to, size=size, check=False))
+        self.empty = list(taps.features(encoder, empty, cuts).values()) if cuts else []
+
+    def sweep(self, paint: Callable[[Tensor], Tensor], *, batch_size: int) -> Sweep:
+        """For the object that ``paint`` puts on the canvas: positions (B, 2) to (B, 3, S, S)."""
+        return Sweep(self, paint, batch_size)
+
+
+class Sweep:
+    """Feature maps of one object at any positions of a plain canvas.
+
+    Memory is bounded: windows unused for longest are dropped, and made again when needed.
+    """
+
+    def __init__(self, chain: Chain, paint: Callable[[Tensor], Tensor], batch_size: int) -> None:
+        self._chain, self._paint, self._batch_size = chain, paint, batch_size
+        self._windows: list[OrderedDict[Place, Tensor]] = [OrderedDict() for _ in chain.stages]
+
+    @torch.no_grad()
+    def __call__(self, positions: Tensor) -> dict[str, Tensor]:
+        """The layers' maps (B, C, H, W) at ``positions`` (B, 2): whole numbers (y, x)."""
+        places = [(int(y), int(x)) for y, x in positions.tolist()]
+        return self._chain.segments[-1](self._maps(len(self._windows), places))
+
+    def _maps(self, depth: int, places: Sequence[Place]) -> Tensor:
+        """Maps of stage ``depth - 1``, or the pictures at depth 0: (B, C, H, W)."""
+        if depth == 0:
+            return self._paint(torch.tensor(places))
+        stage, windows = self._chain.stages[depth - 1], self._windows[depth - 1]
+        empty = self._chain.empty[depth - 1]
+        keys = [stage.canonical(*place) for place in places]
+        missing = [key for key in dict.fromkeys(keys) if key not in windows]
+        for start in range(0, len(missing), self._batch_size):
+            part = missing[start : start + self._batch_size]
+            values = self._chain.segments[depth - 1](self._maps(depth - 1, part))[stage.layer]
+            for key, value in zip(part, values, strict=True):
+                windows[key] = value[stage.window(*key)].clone()
+        maps = empty.expand(len(places), *empty.shape[1:]).clone(memory_format=torch.channels_last)
+        for map_, place, key in zip(maps, places, keys, strict=True):
+            map_[stage.window(*place)] = windows[key]
+            windows.move_to_end(key)
+        room = _CACHE_BYTES // (empty.numel() * empty.element_size())
+        while len(windows) > max(room, 1):
+            windows.popitem(last=False)
+        return maps

@@ -1,0 +1,104 @@
+"""The short cut gives the features of the plain forward pass, and only where it may be taken."""
+
+import pytest
+import torch
+from torch import nn
+
+from fmlib import encoders, phases, shift, taps
+from fmlib.encoders import Encoder
+
+
+@pytest.fixture(scope="module")
+def cutout() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    obj = torch.rand(4, 40, 40, generator=generator)
+    obj[3] = (obj[3] > 0.3).float()
+    return obj
+
+
+def convolutions(*, padding: bool = True) -> Encoder:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 3, stride=2, padding=int(padding)),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(6, 8, 5, stride=1, padding=2 * int(padding)),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2, padding=int(padding)),
+        nn.Conv2d(8, 4, 3, padding=int(padding)),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
+    return Encoder(net, name="convolutions", input_size=96)
+
+
+def both_ways(encoder, layers, obj, positions, canvas):
+    ground = shift.paint("white", canvas)
+    stages = phases.plan(encoder, layers, positions, size=tuple(obj.shape[1:]), canvas=canvas)
+    sweep = phases.Chain(encoder, layers, stages, empty=ground[None]).sweep(
+        lambda p: shift.compose(obj, p, canvas=canvas, background="white"), batch_size=8
+    )
+    parts = [sweep(part) for part in positions.split(8)]
+    short = {name: torch.cat([part[name] for part in parts]) for name in layers}
+    pictures = shift.compose(obj, positions, canvas=canvas, background="white")
+    return stages, short, taps.features(encoder, pictures, layers, batch_size=32)
+
+
+@pytest.mark.parametrize("padding", [True, False])
+@pytest.mark.parametrize("stride", [1, 3, 4])
+def test_equals_the_plain_pass_on_every_unit(cutout, padding, stride):
+    encoder = convolutions(padding=padding)
+    positions = shift.grid(96, 40, stride).positions
+    positions = positions[torch.randperm(len(positions))[:400]]
+    layers = ["5", "7"]
+    stages, short, plain = both_ways(encoder, layers, cutout, positions, 96)
+    assert stages, "a chain of strided convolutions must be shared"
+    for name in layers:
+        torch.testing.assert_close(short[name], plain[name], rtol=1e-5, atol=1e-6)
+
+
+def test_oblong_objects_and_canvas_corners(cutout):
+    encoder = convolutions()
+    corners = torch.tensor([[0, 0], [0, 80], [66, 0], [66, 80], [33, 40], [34, 41], [35, 44]])
+    _, short, plain = both_ways(encoder, ["5"], cutout[:, :30, :16], corners, 96)
+    torch.testing.assert_close(short["5"], plain["5"], rtol=1e-5, atol=1e-6)
+
+
+def test_windows_that_were_dropped_are_made_again(cutout, monkeypatch):
+    monkeypatch.setattr(phases, "_CACHE_BYTES", 1)
+    encoder = convolutions()
+    positions = shift.grid(96, 40, 8).positions
+    _, short, plain = both_ways(encoder, ["5"], cutout, positions, 96)
+    torch.testing.assert_close(short["5"], plain["5"], rtol=1e-5, atol=1e-6)
+
+
+def test_positions_of_one_phase_share_a_window():
+    axis = phases.Axis(low=-3, high=5, stride=4, units=24, canvas=96, size=40)
+    table = axis.canonical()
+    inside = [x for x in range(57) if axis.interior(x)]
+    assert len({table[x] for x in inside}) == 4
+    assert all(table[x] % 4 == x % 4 and axis.interior(table[x]) for x in inside)
+    assert all(table[x] == x for x in range(57) if x not in inside)
+    assert not axis.interior(0)
+    assert not axis.interior(56)
+
+
+def test_nothing_is_shared_where_every_unit_sees_everything():
+    encoder = encoders.load("random:timm:vit_tiny_patch16_224")
+    positions = shift.grid(224, 125, 33).positions
+    deepest = encoder.recommended[-1]
+    stages = phases.plan(encoder, [deepest], positions, size=(125, 125), canvas=224)
+    # The patch embedding sees one patch a unit, so at most that may be shared.
+    assert all(stage.layer.startswith("patch_embed") for stage in stages)
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "squeezenet1_1"])
+def test_packaged_encoders_to_five_decimals_of_cosine(name, cutout):
+    encoder = encoders.load(name)
+    obj = shift.prepare(cutout, 75)
+    positions = shift.grid(224, 75, 8).positions[::37]
+    layers = [encoder.recommended[-2], encoder.recommended[-1]]
+    stages, short, plain = both_ways(encoder, layers, obj, positions, 224)
+    assert stages
+    for name_ in layers:
+        cosine = torch.cosine_similarity(short[name_].flatten(1), plain[name_].flatten(1))
+        assert float((1 - cosine).max()) < 1e-5
