@@ -1,0 +1,202 @@
+"""The notebooks: their form without running them, then a smoke run of each.
+
+The smoke runs assert what must hold scientifically (`INVARIANTS`), never pixels or exact numbers.
+"""
+
+import functools
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+
+from fmlib import runs
+
+FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+PROFILES = ("smoke", "default", "paper")
+SCREEN = 40  # lines of a cell; what is longer belongs into the package
+
+Values = dict[str, float]
+
+INVARIANTS: dict[str, dict[str, Callable[[Values], bool]]] = {
+    # notebook: {what must hold: metrics -> whether it does}
+}
+
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+@functools.cache
+def read(path: Path) -> Any:
+    return nbformat.read(path, as_version=nbformat.NO_CONVERT)
+
+
+def codes(notebook: Any) -> list[Any]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def figure_faults(cell: Any) -> list[str]:
+    """What a figure's cell lacks: caption, name to refer to it by, alternative text."""
+    wanted = {"figure": ("caption", "name"), "image": ("alt",)}
+    given = cell.metadata.get("mystnb", {})
+    return [
+        f"mystnb.{part}.{key}"
+        for part, keys in wanted.items()
+        for key in keys
+        if not str(given.get(part, {}).get(key, "")).strip()
+    ]
+
+
+# -------------------------------------------------------------------------------------- the form
+
+
+def test_there_are_notebooks_and_each_has_its_profiles() -> None:
+    table = runs.profiles(FOLDER / "profiles.yml")
+    assert sorted(table) == [path.stem for path in NOTEBOOKS]
+    assert NOTEBOOKS
+    for stem, entry in table.items():
+        assert set(entry) == set(PROFILES), stem
+
+
+@each_notebook
+def test_is_clean(path: Path) -> None:
+    notebook = read(path)
+    nbformat.validate(notebook)
+    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
+    ids = [cell.id for cell in notebook.cells]
+    assert len(set(ids)) == len(ids)
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert set(notebook.metadata) <= {"kernelspec", "language_info"}
+    for cell in codes(notebook):
+        assert cell.outputs == [], cell.source
+        assert cell.execution_count is None, cell.source
+
+
+@each_notebook
+def test_parameters_are_annotated_and_described(path: Path) -> None:
+    import papermill
+
+    table = runs.parameters(path).set_index("name")
+    assert len(table), "no cell tagged 'parameters'"
+    assert "" not in table["description"].tolist()
+    assert table.loc["seed", "type"] == "int"
+    assert table.loc["device", ["type", "default"]].tolist() == ["str", "auto"]
+    # what plain papermill reads, and shows by --help-notebook, is the same
+    seen = papermill.inspect_notebook(path)
+    assert {name: entry["inferred_type_name"] for name, entry in seen.items()} == dict(
+        table["type"]
+    )
+
+
+@each_notebook
+@pytest.mark.parametrize("profile", PROFILES)
+def test_profile_fits_the_parameters(path: Path, profile: str) -> None:
+    assert runs.merge(path, profile=profile)
+
+
+@each_notebook
+def test_reads_as_a_chapter(path: Path) -> None:
+    notebook = read(path)
+    first = notebook.cells[0]
+    assert first.cell_type == "markdown"
+    assert re.match(r"# \S", first.source)
+    prose = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    unfenced = re.sub(r"(?ms)^(```+|~~~+).*?^\1", "", "\n\n".join(prose))
+    assert len(re.findall(r"(?m)^# ", unfenced)) == 1
+    assert codes(notebook)[-1].source.strip().endswith("runs.finish()")
+    for cell in codes(notebook):
+        lines = cell.source.splitlines()
+        assert len(lines) <= SCREEN, cell.source
+        assert not any(re.match(r"\s*(!|%pip|%conda)", line) for line in lines), cell.source
+
+
+@each_notebook
+def test_figures_have_caption_name_and_alternative_text(path: Path) -> None:
+    for cell in codes(read(path)):
+        if "mystnb" in cell.metadata or "plots.show(" in cell.source:
+            assert figure_faults(cell) == [], cell.source
+
+
+def test_figure_names_are_unique() -> None:
+    cells = [cell for path in NOTEBOOKS for cell in codes(read(path))]
+    figures = [cell.metadata.get("mystnb", {}).get("figure", {}) for cell in cells]
+    names = [figure["name"] for figure in figures if "name" in figure]
+    assert len(set(names)) == len(names)
+
+
+# ------------------------------------------------------------------------------------ smoke runs
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], runs.RunResult]:
+    """The result of a notebook's smoke run, which happens once."""
+    folder = tmp_path_factory.mktemp("smoke")
+
+    @functools.cache
+    def result(path: Path) -> runs.RunResult:
+        return runs.run(path, profile="smoke", directory=folder / path.stem)
+
+    return result
+
+
+def values(metrics: dict[str, dict[str, Any]]) -> Values:
+    return {name: record["value"] for name, record in metrics.items()}
+
+
+@each_notebook
+def test_smoke_run_is_whole(path: Path, smoke: Callable[[Path], runs.RunResult]) -> None:
+    result = smoke(path)
+    assert result.metrics
+    assert all(math.isfinite(value) for value in values(result.metrics).values())
+    assert result.manifest["encoders"]
+    for cell in codes(nbformat.read(result.notebook, as_version=4)):
+        kinds = {kind for output in cell.outputs for kind in output.get("data", {})}
+        if kinds & {"image/png", "image/svg+xml", "image/jpeg"}:
+            assert figure_faults(cell) == [], cell.source
+        noise = [o.text for o in cell.outputs if o.output_type == "stream" and o.name == "stderr"]
+        assert noise == [], cell.source
+
+
+@each_notebook
+def test_smoke_run_holds_scientifically(
+    path: Path, smoke: Callable[[Path], runs.RunResult]
+) -> None:
+    found = values(smoke(path).metrics)
+    assert INVARIANTS.get(path.stem), "no invariants to test"
+    broken = [what for what, holds in INVARIANTS[path.stem].items() if not holds(found)]
+    assert broken == [], json.dumps(found, indent=2)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS[:1], ids=lambda path: path.stem)
+def test_plain_papermill_gives_bit_identical_metrics(
+    path: Path, smoke: Callable[[Path], runs.RunResult], tmp_path: Path
+) -> None:
+    """As a reader without our runner has it; from the notebook's folder, as JupyterLab does."""
+    expected = smoke(path).metrics
+    command = [sys.executable, "-m", "papermill", path.name, str(tmp_path / "out.ipynb")]
+    (tmp_path / "values.json").write_text(json.dumps(runs.merge(path, profile="smoke")))
+    command += ["--parameters_file", str(tmp_path / "values.json"), "--no-progress-bar"]
+    subprocess.run(command, cwd=path.parent, check=True, capture_output=True, timeout=300)
+    assert runs.harvest(tmp_path / "out.ipynb") == expected
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS[-1:], ids=lambda path: path.stem)
+def test_thread_count_does_not_matter(
+    path: Path,
+    smoke: Callable[[Path], runs.RunResult],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one = smoke(path)
+    other = 2 if one.manifest["threads"] == 1 else 1
+    monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", str(other))
+    two = runs.run(path, profile="smoke", directory=tmp_path / "other")
+    assert two.manifest["threads"] == other
+    assert values(two.metrics) == pytest.approx(values(one.metrics), rel=1e-5, abs=1e-5)
