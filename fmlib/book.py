@@ -167,9 +167,19 @@ def _title(path: Path) -> str:
     return found.group(1).strip() if found else path.stem
 
 
+# One of jsonschema's optional format checks compiles a grammar when it is imported, which takes as
+# long as all of Sphinx; nothing here is checked with it.
+JUPYTER_BOOK = """\
+import sys
+sys.modules["rfc3987_syntax"] = None
+from jupyter_book.cli.main import main
+main()
+"""
+
+
 def _jupyter_book(stage_directory: Path, output: Path, *, log: Path) -> None:
-    command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build"]
-    command += [str(stage_directory), "--path-output", str(output), "-W", "-n", "--keep-going"]
+    command = [sys.executable, "-c", JUPYTER_BOOK, "build", str(stage_directory)]
+    command += ["--path-output", str(output), "-W", "-n", "--keep-going"]
     # The log is read below, so colours and the width of a terminal are of no use in it.
     environment = os.environ | {"NO_COLOR": "1", "COLUMNS": "200", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
@@ -346,7 +356,7 @@ def _config(root: Path, *, offline: bool, scripts: str | Path | None, stage: Pat
     extra["nb_ipywidgets_js"] = {
         f"{up}/require.js": {},
         f"{up}/setup.js": {},
-        f"{up}/@jupyter-widgets/embed-amd.js": {},
+        f"{up}/@jupyter-widgets/html-manager/dist/embed-amd.js": {},
     }
     return yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode()
 
@@ -695,22 +705,33 @@ def _claims_page(root: Path, runs: Mapping[str, _Run]) -> str:
     ]
     counts = {name: sum(claim["verdict"] == name for claim in judged) for name in VERDICTS}
     parts.append(", ".join(f"{count} {name}" for name, count in counts.items()) + ".\n")
+    badges = {name: f"{{bdg-{colour}}}`{name}`" for name, colour in VERDICTS.items()}
+    rows = [
+        (
+            f"[{_text(claim['claim'])}](#claim-{claim['id']})",
+            f"{{cite:t}}`{claim['paper']}`",
+            _number(claim["measured"]),
+            badges[claim["verdict"]],
+        )
+        for claim in judged
+    ]
+    parts.append(_table(("claim", "paper", "measured", "verdict"), rows) + "\n")
     for claim in judged:
         measured = claim["measured"]
         ((side, threshold),) = claim["supported_if"].items()
-        badge = f"{{bdg-{VERDICTS[claim['verdict']]}}}`{claim['verdict']}`"
-        rows = [
-            ("claimed in", f"{{cite:t}}`{claim['paper']}`"),
-            ("measured", f"**{_number(measured)}**"),
-            ("supported if", f"{side} {threshold:g}"),
-            ("n", _cell(measured.get("n"))),
-            ("encoder", _cell(measured.get("encoder")) or "see the chapter"),
-            ("chapter", f"{{doc}}`/notebooks/{claim['notebook']}`, metric `{claim['metric']}`"),
+        facts = [
+            f"Measured: **{_number(measured)}**",
+            f"encoder `{measured['encoder']}`" if measured.get("encoder") else "",
+            f"n = {measured['n']}" if measured.get("n") is not None else "",
+        ]
+        parts += [
+            f"(claim-{claim['id']})=\n## {_text(claim['claim'])}\n",
+            f"{badges[claim['verdict']]} {{cite:p}}`{claim['paper']}`\n",
+            f"{', '.join(filter(None, facts))}. Supported if {side} {threshold:g}.\n",
         ]
         if claim.get("note"):
-            rows.append(("note", " ".join(str(claim["note"]).split())))
-        text = " ".join(str(claim["claim"]).split())
-        parts.append(f"(claim-{claim['id']})=\n## {text}\n\n{badge}\n\n{_table(('', ''), rows)}\n")
+            parts.append(_text(claim["note"]) + "\n")
+        parts.append(f"From {{doc}}`/notebooks/{claim['notebook']}`, metric `{claim['metric']}`.\n")
     return "\n".join(parts)
 
 
@@ -736,6 +757,11 @@ def _cell(value: Any) -> str:
     if isinstance(value, (dict, list)):
         return f"`{json.dumps(value)}`"
     return str(value)
+
+
+def _text(value: Any) -> str:
+    """A text that the ledger may have broken over lines, on one."""
+    return " ".join(str(value).split())
 
 
 def _code(value: Any) -> str:
@@ -791,10 +817,10 @@ def fetch_scripts(directory: str | Path) -> Path:
     folder = site / SCRIPT_FOLDER
     packages = {name: _package(npm, name, directory) for name in SCRIPTS}
     _unpack(packages["requirejs"], {"require.js": folder / "require.js"})
-    # Icons are asked for beside the module's name under require.js's base.
+    # Icons are asked for under the module's name, "@jupyter-widgets/html-manager/dist/...".
     _unpack(
         packages["@jupyter-widgets/html-manager"],
-        {"dist/": folder / "@jupyter-widgets"},
+        {"dist/": folder / "@jupyter-widgets" / "html-manager" / "dist"},
         suffixes=("embed-amd.js", ".woff2", ".woff", ".ttf", ".svg"),
         without=("libembed-amd.js",),
     )

@@ -155,7 +155,7 @@ def slider_stack(
         description=description,
         continuous_update=True,
         style={"description_width": "initial"},
-        layout={"width": "auto", "max_width": f"{width}px"},
+        layout={"width": f"{max(width, 320)}px", "max_width": "100%"},
     )
     link = ipywidgets.jslink((slider, "index"), (stack, "selected_index"))
     box = ipywidgets.VBox([slider, stack], layout={"max_width": "100%"})
