@@ -133,7 +133,7 @@ def plan(
             continue
         seen.add(record.value)
         candidates.append(name)
-    spans = taps.spans(encoder, candidates, size=canvas)
+    spans = taps.spans(encoder, candidates, size=canvas) if candidates else {}
     stages: list[Stage] = []
     for name in candidates:
         seen_by = spans[name]
