@@ -9,6 +9,7 @@ with the number of positions.
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from . import extract, taps
+from . import extract, phases, taps
 from .encoders import Encoder
 
 __all__ = [
@@ -69,6 +70,7 @@ class ShiftMaps:
     cosine: Tensor  #: (O, 5, R, C) float32
     grid: Grid
     references: Tensor  #: (5, 2) int64 positions (y, x) of `REFERENCES`
+    reference_cosine: Tensor  #: (O, 5, 5) cosines of the references with one another
     wiggle: Tensor  #: (O,) mean |Δ cosine to the centre| per pixel
     profile: Tensor  #: (O, 2, L) cosine to the centre along a 1-px line: vertical, horizontal
     profile_offsets: Tensor  #: (L,) int64 displacement from the centre reference in pixels
@@ -296,6 +298,7 @@ def features(
     background: str | float | Sequence[float] | Tensor = "white",
     pool: Pool = "mean",
     batch_size: int | None = None,
+    chain: phases.Chain | None = None,
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """Stream the features of one object at many positions.
 
@@ -313,6 +316,8 @@ def features(
         pool: how a feature map becomes a vector. "mean" over space asks for invariance; "flatten"
             keeps the place of each activation, so that a perfectly equivariant map scores low.
         batch_size: positions per forward pass; chosen for the device by default.
+        chain: early layers shared between positions, made for these layers and this canvas
+            (:mod:`phases`); without one every position runs through the whole network.
 
     Raises:
         ValueError: as :func:`compose` and :func:`taps.read`, or an unknown `pool`.
@@ -326,9 +331,11 @@ def features(
     compose(obj, positions.amax(0, keepdim=True), canvas=canvas, background=background)
     ground = paint(background, canvas, device=device)
     obj = obj.float().to(device)
+    paste = functools.partial(_paste, obj, background=ground)
     with torch.no_grad(), taps.read(encoder, layers) as read:
+        maps_at = chain.sweep(paste, batch_size=size) if chain else lambda at: read(paste(at))
         for index in torch.arange(len(positions)).split(size):
-            maps = read(_paste(obj, positions[index], ground))
+            maps = maps_at(positions[index])
             yield index, {layer: _vectors(maps[layer], pool) for layer in layers}
 
 
@@ -365,6 +372,18 @@ def _layers(layers: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(layers))
 
 
+def _chain(
+    encoder: Encoder, layers: Sequence[str], positions: Tensor, size: int, ground: Tensor
+) -> phases.Chain | None:
+    """Early layers to share between positions, if the background is one colour and it pays."""
+    if bool((ground != ground[:, :1, :1]).any()):
+        return None
+    canvas = ground.shape[-1]
+    stages = phases.plan(encoder, layers, positions, size=(size, size), canvas=canvas)
+    empty = ground[None].to(encoder.device)
+    return phases.Chain(encoder, layers, stages, empty=empty) if stages else None
+
+
 def sweep(
     encoder: Encoder,
     objects: Any,
@@ -378,6 +397,7 @@ def sweep(
     span: int = 32,
     batch_size: int | None = None,
     optimise: bool = True,
+    share: bool | None = None,
     progress: bool = False,
 ) -> dict[str, ShiftMaps]:
     r"""Cosine of the features at every grid position with those at five references.
@@ -401,6 +421,9 @@ def sweep(
         batch_size: positions per forward pass; chosen for the device by default.
         optimise: run a copy of the encoder in channels-last order with batch norm folded into the
             convolutions (:func:`extract.optimise`): the same features, faster.
+        share: compute the early layers once per stride phase (:mod:`phases`): the same features,
+            faster where the background is one colour. By default on a CPU only, since an
+            accelerator computes a position sooner than its map is put together.
         progress: show a bar over all positions of all objects.
 
     Returns:
@@ -426,7 +449,11 @@ def sweep(
         "pool": pool,
         "batch_size": batch_size,
     }
+    if share is None:
+        share = fast.device.type == "cpu"
+    chain = _chain(fast, layers, unique, size, options["background"]) if share else None
     cosine = {layer: torch.empty(len(objects), len(unique), 5) for layer in layers}
+    among = {layer: torch.empty(len(objects), 5, 5) for layer in layers}
     with tqdm(
         total=len(objects) * len(unique), unit="pos", disable=not progress, leave=False
     ) as bar:
@@ -436,7 +463,9 @@ def sweep(
                 for layer, vector in vectors.items():
                     parts[layer].append(F.normalize(vector, dim=1))
             anchor = {layer: torch.cat(part) for layer, part in parts.items()}
-            for index, vectors in features(fast, obj, unique, layers, **options):
+            for layer, unit in anchor.items():
+                among[layer][i] = (unit @ unit.T).clamp(-1, 1).cpu()
+            for index, vectors in features(fast, obj, unique, layers, chain=chain, **options):
                 for layer, vector in vectors.items():
                     value = F.normalize(vector, dim=1) @ anchor[layer].T
                     cosine[layer][i, index] = value.clamp(-1, 1).cpu()
@@ -454,7 +483,9 @@ def sweep(
         else:
             steps = [profile.diff(dim=2).flatten(1)]
         wiggle = torch.cat(steps, 1).abs().mean(1)
-        result[layer] = ShiftMaps(maps.contiguous(), places, fixed, wiggle, profile, offsets)
+        result[layer] = ShiftMaps(
+            maps.contiguous(), places, fixed, among[layer], wiggle, profile, offsets
+        )
     return result
 
 

@@ -293,6 +293,9 @@ def test_means_leave_a_reference_out_of_its_own_map():
     cosine = maps["0"].cosine  # positions are the four corners; the centre is not among them
     assert maps["0"].grid.positions.tolist() == [[0, 0], [0, 24], [24, 0], [24, 24]]
     corners = cosine[:, [0, 1, 3, 4]].flatten(2).double()
+    among = maps["0"].reference_cosine
+    torch.testing.assert_close(among[:, [0, 1, 3, 4]][:, :, [0, 1, 3, 4]].double(), corners)
+    torch.testing.assert_close(among[:, 2, [0, 1, 3, 4]], cosine[:, 2].flatten(1))
     off_diagonal = ~torch.eye(4, dtype=torch.bool)
     expected = corners[:, off_diagonal].mean(1)
     torch.testing.assert_close(shift.global_cosine(maps["0"]), expected)
