@@ -195,13 +195,14 @@ def _blocks(encoder: Encoder, known: Mapping[str, taps.Layer]) -> list[taps.Laye
 
     def opened(name: str) -> bool:
         module = modules[name]
-        holds = any(
-            isinstance(child, containers) and len(child) and f"{name}.{key}" not in skip
+        if name == "" or isinstance(module, containers):
+            return True
+        # a stage holds its blocks in a container of that name; a block's own containers stay shut
+        return any(
+            isinstance(child, containers) and key in ("blocks", "layers", "stages", "features")
             for key, child in module.named_children()
         )
-        return name == "" or isinstance(module, containers) or holds
 
-    skip: set[str] = set()
     listed: list[taps.Layer] = []
 
     def walk(name: str) -> None:
@@ -588,7 +589,9 @@ def _imagenet_classes() -> tuple[str, ...]:
     from timm.data.imagenet_info import ImageNetInfo
 
     info = ImageNetInfo("imagenet-1k")
-    return tuple(info.index_to_description(i) for i in range(1000))
+    full = [info.index_to_description(i) for i in range(1000)]
+    short = [name.split(",")[0] for name in full]  # "tench, Tinca tinca"; two cranes stay full
+    return tuple(b if short.count(b) == 1 else a for a, b in zip(full, short, strict=True))
 
 
 def _load_packaged(name: str, *, trained: bool) -> Encoder:

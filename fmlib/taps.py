@@ -733,7 +733,7 @@ def _max_pool(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Any:
-    value = F.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    value: Any = F.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
     if return_indices or dilation not in (1, (1, 1), [1, 1]):
         return value
     average = F.avg_pool2d(x, kernel_size, stride, padding, ceil_mode)
