@@ -94,6 +94,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _book(arguments: argparse.Namespace) -> int:
+    runs.import_nbformat()
     from fmlib import book
 
     try:
