@@ -7,6 +7,7 @@ prose, and Jupyter Book turns the tree into HTML with every warning an error.
 
 from __future__ import annotations
 
+import base64
 import copy
 import difflib
 import hashlib
@@ -255,6 +256,8 @@ def stage(
         page = _chapter_page(path, runs[path.stem], profile=profile)
         generated[f"notebooks/{path.name}"] = page
     files |= {name: text.encode() for name, text in generated.items()}
+    for run in runs.values():
+        files |= _figures(run)
     return _write(stage_directory, files)
 
 
@@ -395,6 +398,20 @@ def _chapter_page(source: Path, run: _Run, *, profile: str) -> str:
     return nbformat.writes(page) + "\n"
 
 
+def _figures(run: _Run) -> dict[str, bytes]:
+    """Named figures as files, for prose pages: ``book/figures/<name>.png`` or ``.svg``."""
+    files: dict[str, bytes] = {}
+    for cell in run.notebook.cells:
+        name = cell.metadata.get("mystnb", {}).get("figure", {}).get("name")
+        for output in cell.get("outputs", []) if name else []:
+            data = output.get("data", {})
+            if "image/png" in data:
+                files[f"book/figures/{name}.png"] = base64.b64decode(data["image/png"])
+            if "image/svg+xml" in data:
+                files[f"book/figures/{name}.svg"] = "".join(data["image/svg+xml"]).encode()
+    return files
+
+
 def _tags(cell: nbformat.NotebookNode) -> list[str]:
     return list(cell.metadata.get("tags", []))
 
@@ -515,7 +532,11 @@ def _parameters_page(root: Path, notebooks: Sequence[Path]) -> str:
             for row in runs.parameters(notebook).to_dict("records")
         ]
         heads = ("name", "type", "default value", *(f"in `{name}`" for name in own), "what it is")
-        parts += [f"## {{doc}}`/notebooks/{notebook.stem}`\n", _table(heads, rows) + "\n"]
+        parts += [
+            f"## {_title(notebook)}\n",
+            f"{{doc}}`/notebooks/{notebook.stem}`: `notebooks/{notebook.name}`\n",
+            _table(heads, rows) + "\n",
+        ]
     return "\n".join(parts)
 
 
@@ -527,7 +548,7 @@ def _status_page(runs: Mapping[str, _Run], *, profile: str, root: Path) -> str:
     facts = [
         ("profile", f"`{profile}`"),
         ("device", ", ".join(devices)),
-        ("threads", ", ".join(sorted({str(manifest["threads"]) for manifest in manifests}))),
+        ("threads", ", ".join(sorted({_cell(m["threads"]) for m in manifests} - {""}))),
         ("run on", " to ".join(dict.fromkeys((started[0], started[-1]))) if started else ""),
         ("commit", ", ".join(commits)),
         ("versions", _versions(manifests[0]) if manifests else ""),
@@ -710,12 +731,13 @@ def _claims_page(root: Path, runs: Mapping[str, _Run]) -> str:
         (
             f"[{_text(claim['claim'])}](#claim-{claim['id']})",
             f"{{cite:t}}`{claim['paper']}`",
-            _number(claim["measured"]),
+            _number(claim["measured"]).replace(" ", "\N{NO-BREAK SPACE}"),
             badges[claim["verdict"]],
         )
         for claim in judged
     ]
     parts.append(_table(("claim", "paper", "measured", "verdict"), rows) + "\n")
+    parts.append("## One by one\n")
     for claim in judged:
         measured = claim["measured"]
         ((side, threshold),) = claim["supported_if"].items()
@@ -725,7 +747,7 @@ def _claims_page(root: Path, runs: Mapping[str, _Run]) -> str:
             f"n = {measured['n']}" if measured.get("n") is not None else "",
         ]
         parts += [
-            f"(claim-{claim['id']})=\n## {_text(claim['claim'])}\n",
+            f"(claim-{claim['id']})=\n### {_text(claim['claim'])}\n",
             f"{badges[claim['verdict']]} {{cite:p}}`{claim['paper']}`\n",
             f"{', '.join(filter(None, facts))}. Supported if {side} {threshold:g}.\n",
         ]
@@ -772,7 +794,10 @@ def _code(value: Any) -> str:
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(" ".join(c.replace("|", "\\|").split()) for c in cells) + " |"
+        # Line breaks would end the row; spaces that do not break are kept.
+        return (
+            "| " + " | ".join(re.sub(r"[ \n]+", " ", c.replace("|", "\\|")) for c in cells) + " |"
+        )
 
     return "\n".join([line(heads), "|" + " --- |" * len(heads), *map(line, rows)])
 
@@ -846,8 +871,6 @@ def fetch_scripts(directory: str | Path) -> Path:
 
 
 def _package(npm: str, name: str, directory: Path) -> Path:
-    import base64
-
     version, integrity = SCRIPTS[name]
     path = directory / f"{name.replace('@', '').replace('/', '-')}-{version}.tgz"
 

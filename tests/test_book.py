@@ -251,6 +251,15 @@ def test_page_takes_captions_from_the_notebook_not_from_its_run(project):
     assert page(project).cells[3].metadata.mystnb.image.alt == "a better text"
 
 
+def test_named_figures_can_be_used_by_prose(project):
+    directory = project / "_build" / "runs" / "smoke" / "10_shift_maps"
+    notebook = executed()
+    notebook.cells[3].metadata["mystnb"] = {"figure": {"name": "fig-map", "caption": "A map."}}
+    nbformat.write(notebook, directory / "notebook.ipynb")
+    assert "book/figures/fig-map.png" in stage(project)
+    assert (project / "_build/stage/book/figures/fig-map.png").read_bytes() == b"hi"
+
+
 def test_foot_tells_how_the_results_were_made(project):
     stage(project)
     foot = page(project).cells[-1].source
@@ -376,10 +385,11 @@ def test_status_page_shows_benchmarks(project):
 
 def test_claims_page(project):
     text = staged(project, "claims.md")
-    assert "(claim-share)=\n## The share is below one half\n" in text
+    assert "(claim-share)=\n### The share is below one half\n" in text
     link = "[The share is below one half](#claim-share)"
     badge = "{bdg-success}`supported`"
-    assert [link, "{cite:t}`lee2020`", "0.20 [0.10, 0.30]", badge] in rows(text)
+    interval = "0.20 [0.10, 0.30]".replace(" ", "\N{NO-BREAK SPACE}")
+    assert [link, "{cite:t}`lee2020`", interval, badge] in rows(text)
     assert "1 supported, 0 not supported, 0 undecided." in text
     assert "encoder `squeezenet1_1`, n = 9. Supported if below 0.5." in text
 
