@@ -17,7 +17,7 @@ import struct
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -258,7 +258,7 @@ class ImageSet:
         """Each image in turn; one in memory at a time."""
         return (self[i] for i in range(len(self)))
 
-    def select(self, which: Sequence[Any] | np.ndarray | pd.Series) -> "ImageSet":
+    def select(self, which: Iterable[Any]) -> "ImageSet":
         """The images named by ids, a boolean mask or integer positions, in the order given.
 
         Raises:
@@ -787,9 +787,10 @@ def load(
     * `classics`: nine pictures of the scikit-image and scikit-learn wheels;
     * `folder:PATH`: every JPEG, PNG and WebP below PATH; label = first sub-folder, group = file
       name without suffix wherever it lies (`a/001.jpg` and `b/001.png` are kept together), or
-      `group`; * `torchvision:NAME`: a data set of torchvision, downloaded into FMLIB_CACHE if
-      need be; its options as `torchvision:DTD?split=test`; every item is a group; *
-      `coco:ANNOTATIONS.json`: cut-outs by segmentation mask as in Lee, Yang & Wang 2020: the
+      `group`;
+    * `torchvision:NAME`: a data set of torchvision, downloaded into FMLIB_CACHE if need be; its
+      options as `torchvision:DTD?split=test`; every item is a group;
+    * `coco:ANNOTATIONS.json`: cut-outs by segmentation mask as in Lee, Yang & Wang 2020: the
       first annotation of each image unless its box is under 37.5 pixels in both directions; the
       image folder is searched beside the file, or `coco:FILE?images=FOLDER`. Needs pycocotools.
 
