@@ -166,7 +166,7 @@ def image_grid(
         ax.imshow(pictures[i], vmin=0, vmax=1, cmap="gray")
         if frame:
             ax.spines[:].set(visible=True, color="0.6", linewidth=0.6)
-        if titles is not None and i < len(titles):
+        if titles is not None and i < len(titles) and titles[i]:
             ax.set_title(titles[i], pad=3)
         if rows is not None and i % columns == 0:
             ax.set_ylabel(rows[i // columns])
@@ -213,7 +213,7 @@ def heat_maps(
         )
     each = (WIDTH - 1.6) / len(columns)
     fig = figure(
-        len(rows) * (each * values.shape[2] / values.shape[3] + 0.12) + 0.65 + 0.05 * len(rows)
+        len(rows) * (each * values.shape[2] / values.shape[3] + 0.2) + 0.65 + 0.05 * len(rows)
     )
     axes = fig.subplots(len(rows), len(columns), squeeze=False, sharex=True, sharey=True)
     for r, row in enumerate(rows):
@@ -264,8 +264,9 @@ def interval_lines(
     xlabel: str,
     ylabel: str,
     height: float = 3.4,
-    limits: tuple[float, float] | None = None,
+    limits: tuple[float | None, float | None] | None = None,
     columns: int = 3,
+    join: bool = True,
 ) -> Figure:
     """Lines with their intervals: error bars over named points, bands over numbers.
 
@@ -276,6 +277,7 @@ def interval_lines(
         height: of one row of panels in inches.
         limits: of the y axis, which all panels share.
         columns: panels in a row.
+        join: draw lines between named points; not where their order says nothing.
 
     Raises:
         ValueError: no lines, or a line of another length than its `x`.
@@ -319,7 +321,7 @@ def interval_lines(
                 bars = np.where(known, np.stack([value - low, high - value]), 0).clip(0)
                 ax.errorbar(places + shift, value, bars, capsize=2, elinewidth=1, ms=4, **look)
             else:
-                ax.plot(places, value, color=look["color"], ls=look["ls"])
+                ax.plot(places, value, color=look["color"], ls=looks[name]["ls"])
                 if known.all():
                     ax.fill_between(places, low, high, color=look["color"], alpha=0.2, lw=0)
         if named:

@@ -67,7 +67,7 @@ class Grid:
 class ShiftMaps:
     """Cosines of one layer, for O objects, 5 references and a grid of R×C positions."""
 
-    cosine: Tensor  #: (O, 5, R, C) float32
+    cosine: Tensor  #: (O, 5, R, C) float64
     grid: Grid
     references: Tensor  #: (5, 2) int64 positions (y, x) of `REFERENCES`
     reference_cosine: Tensor  #: (O, 5, 5) cosines of the references with one another
@@ -360,8 +360,17 @@ def _prepared(objects: Any, size: int) -> Iterator[Tensor]:
             raise ValueError(f"{name}: {error}") from error
 
 
-def _optimised(encoder: Encoder, optimise: bool) -> Encoder:
-    return extract.optimise(encoder) if optimise else encoder
+def _ready(encoder: Encoder, layers: Sequence[str], optimise: bool) -> Encoder:
+    with taps.read(encoder, layers):  # an unknown layer is named here, with its closest
+        pass
+    return extract.optimise(encoder, keep=layers) if optimise else encoder
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    """Rows of length one, in float64: rounding must not show in cosines next to 1."""
+    if vectors.device.type == "mps":  # has no float64
+        vectors = vectors.cpu()
+    return F.normalize(vectors.double(), dim=1)
 
 
 def _layers(layers: Sequence[str]) -> list[str]:
@@ -442,7 +451,7 @@ def sweep(
     offsets, scan = _scan(canvas, size, canvas if stride == 1 else span)
     # The scan shares positions with the grid: every picture is made once.
     unique, inverse = torch.unique(torch.cat([places.positions, scan]), dim=0, return_inverse=True)
-    fast = _optimised(encoder, optimise)
+    fast = _ready(encoder, layers, optimise)
     options: dict[str, Any] = {
         "canvas": canvas,
         "background": paint(background, canvas),
@@ -452,8 +461,10 @@ def sweep(
     if share is None:
         share = fast.device.type == "cpu"
     chain = _chain(fast, layers, unique, size, options["background"]) if share else None
-    cosine = {layer: torch.empty(len(objects), len(unique), 5) for layer in layers}
-    among = {layer: torch.empty(len(objects), 5, 5) for layer in layers}
+    cosine = {
+        layer: torch.empty(len(objects), len(unique), 5, dtype=torch.float64) for layer in layers
+    }
+    among = {layer: torch.empty(len(objects), 5, 5, dtype=torch.float64) for layer in layers}
     with tqdm(
         total=len(objects) * len(unique), unit="pos", disable=not progress, leave=False
     ) as bar:
@@ -461,13 +472,13 @@ def sweep(
             parts: dict[str, list[Tensor]] = {layer: [] for layer in layers}
             for _, vectors in features(fast, obj, fixed, layers, **options):
                 for layer, vector in vectors.items():
-                    parts[layer].append(F.normalize(vector, dim=1))
+                    parts[layer].append(_unit(vector))
             anchor = {layer: torch.cat(part) for layer, part in parts.items()}
             for layer, unit in anchor.items():
                 among[layer][i] = (unit @ unit.T).clamp(-1, 1).cpu()
             for index, vectors in features(fast, obj, unique, layers, chain=chain, **options):
                 for layer, vector in vectors.items():
-                    value = F.normalize(vector, dim=1) @ anchor[layer].T
+                    value = _unit(vector) @ anchor[layer].T
                     cosine[layer][i, index] = value.clamp(-1, 1).cpu()
                 bar.update(len(index))
 
@@ -494,7 +505,7 @@ def _mean_over_positions(maps: ShiftMaps, chosen: Sequence[int]) -> Tensor:
     totals = []
     for r in chosen:
         keep = (maps.grid.positions != maps.references[r]).any(1)
-        totals.append(maps.cosine[:, r].flatten(1)[:, keep].double().mean(1))
+        totals.append(maps.cosine[:, r].flatten(1)[:, keep].mean(1))
     return torch.stack(totals, 1).mean(1)
 
 
@@ -532,7 +543,7 @@ def floors(
     _check_pool(pool)
     if not len(objects):
         raise ValueError("no objects to compare")
-    fast = _optimised(encoder, optimise)
+    fast = _ready(encoder, layers, optimise)
     ground = paint(background, canvas)
     centre = references(canvas, size)[_CENTRE:][:1]
     parts: dict[str, list[Tensor]] = {layer: [] for layer in layers}
@@ -542,13 +553,13 @@ def floors(
             batch_size=batch_size,
         ):  # fmt: skip
             for layer, vector in vectors.items():
-                parts[layer].append(F.normalize(vector, dim=1))
+                parts[layer].append(_unit(vector))
     with torch.no_grad(), taps.read(fast, layers) as read:
         none = read(ground[None].to(fast.device))
     result = {}
     for layer in layers:
         unit = torch.cat(parts[layer])
-        blank = F.normalize(_vectors(none[layer], pool), dim=1)
+        blank = _unit(_vectors(none[layer], pool))
         result[layer] = Floors(
             between=(unit @ unit.T).clamp(-1, 1).cpu(),
             empty=(unit @ blank[0]).clamp(-1, 1).cpu(),

@@ -1,5 +1,7 @@
 """Sweeps: composition against PIL, cosines against a plain loop, nets whose answer is known."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -223,9 +225,18 @@ def test_sweep_agrees_with_a_plain_loop(name):
         expected = plain_cosines(
             encoder, obj, layer, maps[layer].grid.positions, size=125, canvas=224
         )
-        found = maps[layer].cosine[0].flatten(1).double()
+        found = maps[layer].cosine[0].flatten(1)
         assert (found - expected).abs().max() < 1e-5
         assert found[0, 0] == pytest.approx(1, abs=1e-6)  # the first position is a reference
+
+
+def test_layers_that_an_optimisation_would_fuse_keep_their_value():
+    encoder = encoders.load("random:efficientnet_lite0")
+    options: dict[str, Any] = {"size": 125, "stride": 99, "span": 2}
+    fast = shift.sweep(encoder, [cutout()], ["conv_stem", "bn1"], **options)
+    slow = shift.sweep(encoder, [cutout()], ["conv_stem", "bn1"], optimise=False, **options)
+    for layer in ("conv_stem", "bn1"):
+        torch.testing.assert_close(fast[layer].cosine, slow[layer].cosine, atol=1e-6, rtol=0)
 
 
 def test_invariant_net_gives_one_everywhere():
@@ -234,7 +245,9 @@ def test_invariant_net_gives_one_everywhere():
         encoder, [noise()], ["0", "1"], size=9, canvas=32, background="black", stride=1
     )
     for layer in ("0", "1"):
-        torch.testing.assert_close(maps[layer].cosine, torch.ones(1, 5, 24, 24), atol=2e-6, rtol=0)
+        torch.testing.assert_close(
+            maps[layer].cosine, torch.ones(1, 5, 24, 24).double(), atol=2e-6, rtol=0
+        )
         assert maps[layer].wiggle.max() < 1e-6
         assert shift.global_cosine(maps[layer]).item() == pytest.approx(1, abs=1e-6)
     # The flattened map of the same net is equivariant, so it is far from invariant.
@@ -255,7 +268,7 @@ def test_unpooled_stride_shows_its_period():
     torch.testing.assert_close(cosine[:, 2:], cosine[:, :-2], atol=1e-6, rtol=0)
     assert (cosine[1:] - cosine[:-1]).abs().min() > 1e-5
     # The centre is (11, 11): odd positions agree with it exactly, even ones do not.
-    torch.testing.assert_close(cosine[1::2, 1::2], torch.ones(12, 12), atol=1e-6, rtol=0)
+    torch.testing.assert_close(cosine[1::2, 1::2], torch.ones(12, 12).double(), atol=1e-6, rtol=0)
     assert cosine[0::2, 0::2].max() < 1 - 1e-5
 
 
@@ -292,23 +305,21 @@ def test_means_leave_a_reference_out_of_its_own_map():
     )
     cosine = maps["0"].cosine  # positions are the four corners; the centre is not among them
     assert maps["0"].grid.positions.tolist() == [[0, 0], [0, 24], [24, 0], [24, 24]]
-    corners = cosine[:, [0, 1, 3, 4]].flatten(2).double()
+    corners = cosine[:, [0, 1, 3, 4]].flatten(2)
     among = maps["0"].reference_cosine
     torch.testing.assert_close(among[:, [0, 1, 3, 4]][:, :, [0, 1, 3, 4]].double(), corners)
     torch.testing.assert_close(among[:, 2, [0, 1, 3, 4]], cosine[:, 2].flatten(1))
     off_diagonal = ~torch.eye(4, dtype=torch.bool)
     expected = corners[:, off_diagonal].mean(1)
     torch.testing.assert_close(shift.global_cosine(maps["0"]), expected)
-    torch.testing.assert_close(
-        shift.centre_cosine(maps["0"]), cosine[:, 2].flatten(1).double().mean(1)
-    )
+    torch.testing.assert_close(shift.centre_cosine(maps["0"]), cosine[:, 2].flatten(1).mean(1))
 
 
 @settings(max_examples=10, deadline=None)
 @given(st.integers(1, 40))
 def test_batch_size_changes_nothing(batch_size):
     encoder = tiny(weighted(nn.Conv2d(3, 8, 3, stride=2, padding=1)), nn.ReLU())
-    arguments = {"size": 9, "canvas": 32, "stride": 6, "span": 4}
+    arguments: dict[str, Any] = {"size": 9, "canvas": 32, "stride": 6, "span": 4}
     one = shift.sweep(encoder, [cutout()], ["1"], batch_size=batch_size, **arguments)["1"]
     other = shift.sweep(encoder, [cutout()], ["1"], batch_size=16, **arguments)["1"]
     torch.testing.assert_close(one.cosine, other.cosine, atol=1e-6, rtol=0)
@@ -329,7 +340,7 @@ def test_features_stream_every_position_once():
 
 def test_same_seed_same_bits_and_threads_agree():
     encoder = encoders.load("efficientnet_lite0")
-    arguments = {"size": 125, "stride": 99, "span": 2}
+    arguments: dict[str, Any] = {"size": 125, "stride": 99, "span": 2}
     layer = encoder.recommended[-1]
     threads = torch.get_num_threads()
     try:
@@ -345,8 +356,8 @@ def test_same_seed_same_bits_and_threads_agree():
 
 def test_sweep_refuses():
     encoder = tiny(weighted(nn.Conv2d(3, 8, 3)))
-    good = {"size": 9, "canvas": 32, "stride": 8}
-    with pytest.raises(ValueError, match="0"):
+    good: dict[str, Any] = {"size": 9, "canvas": 32, "stride": 8}
+    with pytest.raises(ValueError, match="'00'"):
         shift.sweep(encoder, [cutout()], ["00"], **good)
     with pytest.raises(ValueError, match="list of names"):
         shift.sweep(encoder, [cutout()], "0", **good)
@@ -370,7 +381,7 @@ def test_floors():
     objects = [noise(), noise(seed=1), noise()]
     scale = shift.floors(encoder, objects, ["1"], size=9, canvas=32, background="black")["1"]
     assert scale.between.shape == (3, 3)
-    torch.testing.assert_close(scale.between.diagonal(), torch.ones(3))
+    torch.testing.assert_close(scale.between.diagonal(), torch.ones(3).double())
     torch.testing.assert_close(scale.between, scale.between.T)
     assert scale.between[0, 2] == pytest.approx(1, abs=1e-6)
     assert scale.between[0, 1] < 1 - 1e-5
