@@ -15,7 +15,7 @@ import nbformat
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
@@ -167,6 +167,7 @@ def test_a_parameter_given_twice_is_refused(project: Path) -> None:
         runs.from_text("notebooks/n.ipynb", [("seed", "1"), ("seed", "2")])
 
 
+@settings(max_examples=50)
 @given(
     encoder=st.text(),
     seed=st.integers(),
@@ -625,6 +626,7 @@ def test_dependencies_are_found(tmp_path: Path, source: str, expected: str) -> N
     assert [p.relative_to(package).as_posix() for p in found] == expected.split()
 
 
+@settings(max_examples=20)
 @given(st.lists(st.sets(st.integers(0, 7), max_size=3), min_size=8, max_size=8))
 def test_dependencies_are_what_can_be_reached(tmp_path_factory, edges: list[set[int]]) -> None:
     folder = tmp_path_factory.mktemp("package")

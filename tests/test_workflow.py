@@ -79,7 +79,7 @@ def snakemake(project: Path, *words: str, ok: bool = True, **config) -> str:
     return done.stdout
 
 
-DRY_RUNS = """
+CALLS = """
 import json, pathlib, sys
 from snakemake.cli import main
 for name, old, new, call in json.load(sys.stdin):
@@ -88,21 +88,25 @@ for name, old, new, call in json.load(sys.stdin):
     path.write_text(before.replace(old, new))
     try:
         main(call)
-    except SystemExit:
-        pass
+    except SystemExit as end:
+        print("status", end.code)
     path.write_text(before)
+    print("files", *sorted(map(str, pathlib.Path("_build").rglob("*.*"))), sep="\\n")
     print("=== next ===", flush=True)
 """
 
 
-def dry_runs(project: Path, *calls: tuple[str, str, str, list[str]]) -> list[str]:
-    """What is printed by dry runs, each after an edit (file, old, new) that is then undone.
+def calls(project: Path, *edits: tuple[str, str, str, list[str]]) -> list[str]:
+    """What is printed by calls, each after an edit (file, old, new) that is then undone.
 
-    One process for all of them: Snakemake takes seconds to start and a moment to look.
+    One process for all of them: Snakemake takes seconds to start and a moment to look. With each
+    call's output come its exit status and the names of all files built by then.
     """
+    for file, old, _, _ in edits:
+        assert old in (project / file).read_text()
     done = subprocess.run(
-        [sys.executable, "-c", DRY_RUNS],
-        input=json.dumps(calls),
+        [sys.executable, "-c", CALLS],
+        input=json.dumps(edits),
         cwd=project,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -111,7 +115,7 @@ def dry_runs(project: Path, *calls: tuple[str, str, str, list[str]]) -> list[str
         timeout=200,
     )
     logs = done.stdout.split("=== next ===")[:-1]
-    assert len(logs) == len(calls), done.stdout
+    assert len(logs) == len(edits), done.stdout
     return logs
 
 
@@ -145,34 +149,34 @@ CHANGES = {
 
 def test_a_change_reruns_what_rests_on_it(built: Path) -> None:
     """And nothing else, although undoing the changes before leaves newer files behind."""
-    for file, old, _, _ in CHANGES.values():
-        assert old in (built / file).read_text()
     call = command("--dry-run", "book")
     edits = [(file, old, new, call) for file, old, new, _ in CHANGES.values()]
-    *logs, last = dry_runs(built, *edits, ("requirements.lock", "x", "x", command("-n", "runs")))
-    assert "Nothing to be done" in last
+    settled = ("requirements.lock", "x", "x", command("--dry-run", "runs"))
+    *logs, last = calls(built, *edits, settled)
     found = {what: executed(log) for what, log in zip(CHANGES, logs, strict=True)}
     # the book is not built here, so it is always due
     assert found == {what: {*entry[3], "book"} for what, entry in CHANGES.items()}
+    assert "Nothing to be done" in last
 
 
 def test_a_changed_notebook_is_rerun_alone(built: Path) -> None:
-    path = built / "notebooks/b.ipynb"
-    before = path.read_text()
     kept = (built / "_build/runs/smoke/a/manifest.json").read_bytes()
-    # A change that fails: nothing counts as done, the remains are where the message says
-    path.write_text(before.replace("'m', seed", "'m', None"))
-    log = snakemake(built, "runs", ok=False)
-    assert "metric 'm': value is None" in log
-    assert "_build/failed/smoke/b" in log
-    assert (built / "_build/failed/smoke/b/notebook.ipynb").exists()
-    assert not (built / "_build/runs/smoke/b/metrics.json").exists()
-    # mended by another change
-    path.write_text(before.replace("'m', seed", "'m', seed + 1"))
-    assert executed(snakemake(built, "runs")) == {"b"}
+    failing, mended = calls(
+        built,
+        ("notebooks/b.ipynb", "'m', seed", "'m', None", command("runs")),
+        ("notebooks/b.ipynb", "'m', seed", "'m', seed + 1", command("runs")),
+    )
+    # nothing counts as done, the remains are where the message says
+    assert "status 1" in failing
+    assert "metric 'm': value is None" in failing
+    assert "log are in _build/failed/smoke/b" in failing
+    assert "\n_build/failed/smoke/b/notebook.ipynb" in failing
+    assert "\n_build/runs/smoke/b/" not in failing
+    assert "status 0" in mended
+    assert executed(mended) == {"b"}
     metrics = json.loads((built / "_build/runs/smoke/b/metrics.json").read_text())
     assert metrics["metrics"]["m"]["value"] == 2
-    assert not (built / "_build/failed/smoke/b").exists()
+    assert "\n_build/failed/" not in mended
     assert (built / "_build/runs/smoke/a/manifest.json").read_bytes() == kept
 
 
@@ -209,24 +213,24 @@ def test_a_sweep_is_a_data_set_and_resumes(built: Path) -> None:
 
     sweep = {"notebook": "a", "profile": "smoke", "grid": {"seed": [3, 4], "wait": [0]}}
     (built / "tiny.yml").write_text(yaml.safe_dump(sweep, default_flow_style=True))
-    snakemake(built, "sweep", sweep="tiny.yml")
-    folder = built / "_build/sweeps/tiny/metrics"
-    table = pd.read_parquet(folder)
-    assert sorted(table["value"]) == sorted(table["parameters.seed"]) == [3, 4]
-    # A lost part is made again, a grown grid adds its points: nothing else is run
-    next(folder.iterdir()).unlink()
-    call = command("--dry-run", "sweep", sweep="tiny.yml")
-    lost, grown, wrong = dry_runs(
+    call = command("sweep", sweep="tiny.yml")
+    dry = command("--dry-run", "sweep", sweep="tiny.yml")
+    done, settled, grown, wrong = calls(
         built,
-        ("tiny.yml", "x", "x", call),
-        ("tiny.yml", "[3, 4]", "[3, 4, 5]", call),
-        ("tiny.yml", "seed:", "sead:", call),
+        ("tiny.yml", "a", "a", call),
+        ("tiny.yml", "a", "a", dry),
+        ("tiny.yml", "[3, 4]", "[3, 4, 5]", dry),
+        ("tiny.yml", "seed:", "sead:", dry),
     )
-    jobs = [set(re.findall(r"Job \d+: tiny: (.*)", log)) for log in (lost, grown, wrong)]
-    assert len(jobs[0]) == 1
-    assert jobs[1] == jobs[0] | {"-p seed 5 -p wait 0"}
+    assert "status 0" in done
+    table = pd.read_parquet(built / "_build/sweeps/tiny/metrics")
+    assert sorted(table["value"]) == sorted(table["parameters.seed"]) == [3, 4]
+    jobs = [
+        sorted(re.findall(r"Job \d+: tiny: (.*)", log)) for log in (done, settled, grown, wrong)
+    ]
+    both = ["-p seed 3 -p wait 0", "-p seed 4 -p wait 0"]
+    assert jobs == [both, [], ["-p seed 5 -p wait 0"], []]
     # a mistake in the grid shows before anything runs
-    assert jobs[2] == set()
     assert "unknown parameter 'sead' of a.ipynb; did you mean 'seed'?" in wrong
 
 
