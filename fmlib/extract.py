@@ -152,8 +152,9 @@ State = TypeVar("State")
 
 def _batch_size(encoder: Encoder, batch_size: int | None) -> int:
     if batch_size is None:
-        # on a CPU the maps of a few images still fit its caches
-        return 8 if encoder.device.type == "cpu" else 64
+        # Maps of few images are recycled by the C allocator; beyond its threshold (32 MB) each one
+        # is mapped anew, and the page faults of a batch of 32 cost more than its convolutions.
+        return 4 * max(1, torch.get_num_threads() // 2) if encoder.device.type == "cpu" else 64
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     return batch_size
