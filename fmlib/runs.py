@@ -132,7 +132,7 @@ def _number(name: str, part: str, value: Any) -> int | float:
 def format_interval(value: float, low: float, high: float) -> str:
     """`0.83 [0.80, 0.86]`: decimals as the half-width warrants, at least two below ten."""
     half = (high - low) / 2
-    if half <= 0:
+    if half <= 1e-6 * max(abs(low), abs(high)):  # no interval, or one of rounding errors
         return f"{value:.4g} [{low:.4g}, {high:.4g}]"
     decimals = max(-math.floor(math.log10(half)), 2 if max(abs(low), abs(high)) < 10 else 0, 0)
     return f"{value:.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]"

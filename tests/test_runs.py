@@ -503,6 +503,8 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict]:
         (34.51, 33.9, 35.2, "34.5 [33.9, 35.2]"),
         (-0.1, -0.3, 0.1, "-0.10 [-0.30, 0.10]"),
         (1.0, 1.0, 1.0, "1 [1, 1]"),
+        (0.0, 0.0, 0.0, "0 [0, 0]"),
+        (1.0, 1 - 1e-14, 1.0, "1 [1, 1]"),
     ],
 )
 def test_intervals_are_given_to_the_digits_they_warrant(shown, value, low, high, text) -> None:
