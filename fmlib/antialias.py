@@ -1,0 +1,473 @@
+"""Anti-aliasing surgery: change how a pretrained encoder subsamples, without training or after it.
+
+Each operation returns a changed copy of the encoder; layers keep their names and can be tapped.
+
+* :func:`blurpool`: low-pass every signal before it is subsampled (Zhang 2019, §3.2).
+* :func:`polyphase`: keep the strongest polyphase component instead of the first, with circular
+  padding (adaptive polyphase sampling, Chaman & Dokmanić 2021, §3): exactly consistent under
+  circular shifts, even untrained.
+* :func:`reestimate_batch_norm`: fit the running statistics to the changed activations.
+* :func:`distil`: train the changed copy to agree with the original on unlabelled images.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Conv2dSame
+from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from . import store, taps
+from .encoders import Encoder
+from .images import ImageSet
+
+#: How often the box filter of the stride's length is convolved with itself. For stride 2 this gives
+#: the kernels [1,1], [1,2,1] and [1,4,6,4,1] that Zhang (2019) calls Rect-2, Tri-3 and Bin-5.
+KERNELS = {"rect2": 1, "tri3": 2, "bin5": 4}
+
+_POOLS = (nn.MaxPool2d, nn.AvgPool2d)
+
+
+def kernel1d(name: str, stride: int) -> Tensor:
+    """The low-pass kernel ``name`` for one dimension: float64, summing to one.
+
+    For stride 2: Zhang's Rect-2, Tri-3, Bin-5. For stride s: the box of length s convolved with
+    itself to 1, 2 or 4 factors, which keeps a zero of the response at the sampling frequency 1/s.
+
+    Raises ``ValueError`` for an unknown name or a stride below 2.
+    """
+    if name not in KERNELS:
+        raise ValueError(f"unknown blur kernel {name!r}: choose one of {', '.join(KERNELS)}")
+    if stride < 2:
+        raise ValueError(f"a blur kernel needs a stride of at least 2, got {stride}")
+    box = torch.full((1, 1, stride), 1 / stride, dtype=torch.float64)
+    kernel = box
+    for _ in range(KERNELS[name] - 1):
+        kernel = F.conv1d(kernel, box, padding=stride - 1)
+    return kernel[0, 0]
+
+
+def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[-1]))
+
+
+class Subsampler(nn.Module):
+    """A strided convolution or pooling taken apart: its dense (stride 1) form, then a subsampling.
+
+    Point ``s·i`` of the dense output is point ``i`` of the original layer, so that a pretrained
+    network sees the signal where it was trained to see it.
+    """
+
+    def __init__(self, layer: nn.Module, name: str) -> None:
+        super().__init__()
+        kinds = (nn.Conv2d, Conv2dSame, *_POOLS, MaxPool2dSame, AvgPool2dSame)
+        if type(layer) not in kinds:
+            raise ValueError(
+                f"cannot take {name!r} ({type(layer).__name__}) apart: surgery knows Conv2d,"
+                " MaxPool2d, AvgPool2d and their TensorFlow-padded forms"
+            )
+        self.layer = layer
+        self.name = name
+        self.kernel_size = _pair(layer.kernel_size)  # type: ignore[arg-type]
+        self.stride = _pair(layer.stride)  # type: ignore[arg-type]
+        self.dilation = _pair(getattr(layer, "dilation", 1))
+        self.ceil_mode = bool(getattr(layer, "ceil_mode", False))
+        same = isinstance(layer, Conv2dSame | MaxPool2dSame | AvgPool2dSame)
+        padding = getattr(layer, "padding", 0)
+        if isinstance(padding, str):  # PyTorch's own "same" exists for stride 1 only
+            padding = tuple((self._span(a) - 1) // 2 for a in (0, 1)) if padding == "same" else 0
+        self.padding = None if same else _pair(padding)
+
+    def _span(self, axis: int) -> int:
+        return self.dilation[axis] * (self.kernel_size[axis] - 1) + 1
+
+    def _points(self, size: int, axis: int) -> tuple[int, int]:
+        """(number of sampling points, reach of the first window before the first pixel)."""
+        stride, span = self.stride[axis], self._span(axis)
+        if self.padding is None:
+            points = math.ceil(size / stride)
+            return points, max((points - 1) * stride + span - size, 0) // 2
+        pad = self.padding[axis]
+        room = size + 2 * pad - span
+        points = (math.ceil(room / stride) if self.ceil_mode else room // stride) + 1
+        # PyTorch drops a last pooling window that would start beyond the image.
+        if self.ceil_mode and (points - 1) * stride >= size + pad:
+            points -= 1
+        return points, pad
+
+    def _apply(self, x: Tensor) -> Tensor:
+        """The operation with stride 1 on an already padded input."""
+        layer = self.layer
+        if isinstance(layer, nn.Conv2d):
+            return F.conv2d(x, layer.weight, layer.bias, 1, 0, self.dilation, layer.groups)
+        if isinstance(layer, nn.MaxPool2d):
+            return F.max_pool2d(x, self.kernel_size, 1, 0, self.dilation)
+        return F.avg_pool2d(x, self.kernel_size, 1, 0)
+
+    def dense(self, x: Tensor) -> Tensor:
+        """Dense output from the first to the last sampling point: s·(H'-1)+1 by s·(W'-1)+1."""
+        value = -math.inf if isinstance(self.layer, nn.MaxPool2d) else 0.0
+        pads: list[int] = []
+        for axis in (1, 0):
+            size = x.shape[2 + axis]
+            points, left = self._points(size, axis)
+            right = (points - 1) * self.stride[axis] + self._span(axis) - left - size
+            pads += [left, right]
+        return self._apply(F.pad(x, pads, value=value))
+
+    def dense_circular(self, x: Tensor) -> Tensor:
+        """Dense output on the torus: the same size as ``x``."""
+        pads: list[int] = []
+        for axis in (1, 0):
+            _, left = self._points(x.shape[2 + axis], axis)
+            pads += [left, self._span(axis) - 1 - left]
+        return self._apply(F.pad(x, pads, mode="circular"))
+
+
+class BlurPool(Subsampler):
+    """Dense operation → low-pass filter → subsampling (Zhang 2019, eq. 5 and 6).
+
+    The filter sits directly behind the convolution. Zhang puts it behind the ReLU that follows; the
+    two agree up to that ReLU, since a filter that sums to one commutes with the batch norm.
+    """
+
+    def __init__(self, layer: nn.Module, name: str, *, kernel: str) -> None:
+        super().__init__(layer, name)
+        for axis, stride in enumerate(self.stride):
+            one = kernel1d(kernel, stride) if stride > 1 else torch.ones(1, dtype=torch.float64)
+            self.register_buffer(f"kernel{axis}", one.float(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to the shape that the original layer gives."""
+        x = self.dense(x)
+        channels = x.shape[1]
+        for axis in (0, 1):
+            kernel: Tensor = getattr(self, f"kernel{axis}").to(x)
+            total = kernel.numel() - 1
+            pads = [0, 0, 0, 0]
+            pads[2 - 2 * axis : 4 - 2 * axis] = [total // 2, total - total // 2]
+            # Reflection needs more pixels than it adds: tiny maps repeat their border instead.
+            mode = "reflect" if total - total // 2 < x.shape[2 + axis] else "replicate"
+            weight = kernel.view((1, 1, -1, 1) if axis == 0 else (1, 1, 1, -1))
+            stride = [1, 1]
+            stride[axis] = self.stride[axis]
+            x = F.conv2d(
+                F.pad(x, pads, mode=mode),
+                weight.expand(channels, *weight.shape[1:]),
+                stride=tuple(stride),
+                groups=channels,
+            )
+        return x
+
+
+class _Phases:
+    """The polyphase index that each image chose at each resolution, within one forward pass.
+
+    Paths that are added later (a residual branch and its shortcut) must keep the same phase.
+    """
+
+    def __init__(self) -> None:
+        self.chosen: dict[tuple[int, ...], Tensor] = {}
+
+    def reset(self, *_: object) -> None:
+        self.chosen.clear()
+
+
+class PolyphaseSampler(Subsampler):
+    """Dense circular operation → the polyphase component of largest ℓ2 norm.
+
+    Chaman & Dokmanić 2021, §3.1.
+    """
+
+    def __init__(self, layer: nn.Module, name: str, *, phases: _Phases) -> None:
+        super().__init__(layer, name)
+        self.phases = phases
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C, H/s, W/s); ``ValueError`` where s does not divide H or W."""
+        x = self.dense_circular(x)
+        (sy, sx), (n, channels, height, width) = self.stride, x.shape
+        if sy == sx == 1:
+            return x
+        if height % sy or width % sx:
+            raise ValueError(
+                f"adaptive polyphase sampling at {self.name!r} needs a map whose sides are"
+                f" multiples of {sy}×{sx}, got {height}×{width}: choose another image size"
+            )
+        parts = x.view(n, channels, height // sy, sy, width // sx, sx).permute(0, 3, 5, 1, 2, 4)
+        parts = parts.reshape(n, sy * sx, channels, height // sy, width // sx)
+        key = (height, width, sy, sx)
+        if key not in self.phases.chosen or len(self.phases.chosen[key]) != n:
+            energy = parts.double().square().sum((2, 3, 4))
+            self.phases.chosen[key] = energy.argmax(1)
+        return parts[torch.arange(n, device=x.device), self.phases.chosen[key]]
+
+
+def strided(encoder: Encoder) -> list[str]:
+    """Names of the layers that subsample: strided convolutions and poolings."""
+    kinds = (nn.Conv2d, *_POOLS)
+    return [
+        name
+        for name, module in encoder.net.named_modules()
+        if isinstance(module, kinds) and max(_pair(module.stride)) > 1
+    ]
+
+
+def _replace(net: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(net.get_submodule(parent), child, module)
+
+
+def _operated(encoder: Encoder, prefix: str) -> Encoder:
+    changed = copy.deepcopy(encoder)
+    changed.name = f"{prefix}:{encoder.name}"
+    changed.weight_hash = store.digest([prefix, encoder.weight_hash])
+    return changed
+
+
+def blurpool(
+    encoder: Encoder, *, kernel: str = "tri3", layers: Iterable[str] | None = None
+) -> Encoder:
+    """A copy of ``encoder`` with a blur before every subsampling, or only that of ``layers``.
+
+    The weights are untouched: this is surgery without training. Follow it by
+    :func:`reestimate_batch_norm`, since blurring lowers the variance of what follows.
+
+    Raises ``ValueError`` for an unknown kernel, a layer that does not subsample, or an encoder in
+    which nothing does.
+    """
+    present = strided(encoder)
+    chosen = present if layers is None else list(layers)
+    unknown = [name for name in chosen if name not in present]
+    if unknown:
+        raise ValueError(
+            f"{unknown[0]!r} does not subsample in {encoder.name}: choose from {', '.join(present)}"
+        )
+    if not chosen:
+        raise ValueError(f"nothing subsamples in {encoder.name}")
+    changed = _operated(encoder, f"blurpool-{kernel}")
+    for name in chosen:
+        _replace(changed.net, name, BlurPool(changed.net.get_submodule(name), name, kernel=kernel))
+    return changed
+
+
+def polyphase(encoder: Encoder) -> Encoder:
+    """A copy of ``encoder`` with circular padding and adaptive polyphase sampling at every stride.
+
+    With a global pooling at its end such a network gives the same output for every circular shift
+    of its input by whole pixels, whatever its weights. Image sides must be multiples of the total
+    stride. Shifts by fractions of a pixel are not covered.
+
+    Raises ``ValueError`` for token encoders, whose position embedding breaks the circle.
+    """
+    if encoder.patch_size:
+        raise ValueError(
+            f"{encoder.name} adds position embeddings to patches: circular padding cannot make it"
+            " shift-consistent; choose a convolutional encoder"
+        )
+    changed = _operated(encoder, "polyphase")
+    phases = _Phases()
+    for name, module in list(changed.net.named_modules()):
+        spatial = isinstance(module, (nn.Conv2d, *_POOLS)) and max(_pair(module.kernel_size)) > 1
+        strides = isinstance(module, (nn.Conv2d, *_POOLS)) and max(_pair(module.stride)) > 1
+        if spatial or strides:
+            _replace(changed.net, name, PolyphaseSampler(module, name, phases=phases))
+    changed.net.register_forward_pre_hook(phases.reset)
+    return changed
+
+
+@torch.no_grad()
+def reestimate_batch_norm(encoder: Encoder, batches: Iterable[Tensor]) -> Encoder:
+    """Set the running means and variances to their average over ``batches``, in place.
+
+    ``batches`` yields (N, 3, H, W) images in [0, 1]. An encoder without batch norm is returned as
+    it is. Raises ``ValueError`` if ``batches`` is empty or a batch norm was folded away.
+    """
+    norms = [m for m in encoder.net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        return encoder
+    kept = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative average over all batches
+        norm.train()
+    count = 0
+    try:
+        for batch in batches:
+            encoder(batch.to(encoder.device))
+            count += 1
+    finally:
+        for norm, momentum in zip(norms, kept, strict=True):
+            norm.momentum = momentum
+            norm.eval()
+    if not count:
+        raise ValueError("no batch to re-estimate the batch norms from")
+    return encoder
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Settings of :func:`distil`. ``layers`` are the features to match, besides the logits."""
+
+    layers: tuple[str, ...]
+    steps: int = 2000
+    batch_size: int = 16
+    size: int = 224  #: side of the crops in pixels
+    learning_rate: float = 3e-4  #: of Adam, brought to zero along a half cosine
+    feature_weight: float = 1.0
+    temperature: float = 2.0
+    seed: int = 0
+    save_every: int = 100  #: steps between checkpoints
+
+
+class DivergedError(RuntimeError):
+    """The loss is not finite; the message names the step, the last checkpoint is kept."""
+
+
+def distil(
+    student: Encoder,
+    teacher: Encoder,
+    images: ImageSet,
+    config: Distillation,
+    *,
+    checkpoint: str | Path | None = None,
+    progress: bool = False,
+) -> list[float]:
+    """Train ``student`` in place to agree with ``teacher`` on unlabelled ``images``.
+
+    The loss is the squared feature error relative to the teacher's features, averaged over
+    ``config.layers``, plus T² times the Kullback-Leibler divergence of the logits at temperature T.
+    Batch norms keep their statistics (:func:`reestimate_batch_norm` first). Step t sees crops that
+    depend on the seed and t alone, so a run resumed from ``checkpoint`` equals one that was never
+    interrupted.
+
+    Returns the loss of every step.
+
+    Raises:
+        ValueError: no images, or a layer that either network lacks.
+        store.MismatchError: the checkpoint belongs to other settings, networks or images.
+        DivergedError: the loss is not finite.
+    """
+    if not len(images):
+        raise ValueError("no images to distil on")
+    device = student.device
+    identity = {
+        **{key: str(value) for key, value in asdict(config).items() if key != "save_every"},
+        "student": student.weight_hash,
+        "teacher": teacher.weight_hash,
+        "images": images.hash,
+    }
+    student.net.requires_grad_(True)
+    parameters = dict(student.net.named_parameters())
+    optimiser = torch.optim.Adam(parameters.values(), lr=config.learning_rate)
+    history: list[float] = []
+    path = Path(checkpoint) if checkpoint is not None else None
+    if path is not None and path.exists():
+        history = _resume(path, identity, parameters, optimiser)
+    try:
+        steps = range(len(history), config.steps)
+        for step in tqdm(steps, initial=len(history), total=config.steps, disable=not progress):
+            batch = _crops(images, config, step).to(device)
+            with torch.no_grad(), taps.read(teacher, config.layers) as read:
+                target = read(batch)
+                target["logits"] = teacher(batch)
+            loss = _loss(_outputs(student, batch, config.layers), target, config)
+            value = loss.item()
+            if not math.isfinite(value):
+                raise DivergedError(f"the loss is {value} at step {step}: lower learning_rate")
+            # Of the step alone, so that a resumed run needs no schedule of its own.
+            along = math.cos(math.pi * step / config.steps)
+            optimiser.param_groups[0]["lr"] = config.learning_rate * (1 + along) / 2
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            history.append(value)
+            if path is not None and (len(history) % config.save_every == 0 or step == steps[-1]):
+                _save(path, identity, parameters, optimiser, history)
+    finally:
+        student.net.requires_grad_(False)
+    return history
+
+
+def _crops(images: ImageSet, config: Distillation, step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    chosen = torch.randperm(len(images), generator=generator)[: config.batch_size].tolist()
+    return images.select(chosen).crops(config.size, 1, seed=config.seed * 1_000_003 + step)
+
+
+def _outputs(encoder: Encoder, batch: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+    """Features and logits from one forward pass: `taps.read` would stop before the logits."""
+    kept: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+            kept[name] = output.clone()
+
+        return hook
+
+    handles = [encoder.net.get_submodule(n).register_forward_hook(keep(n)) for n in layers]
+    try:
+        kept["logits"] = encoder(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return kept
+
+
+def _loss(student: dict[str, Tensor], teacher: dict[str, Tensor], config: Distillation) -> Tensor:
+    errors = [
+        (student[name] - teacher[name]).square().sum() / teacher[name].square().sum()
+        for name in config.layers
+    ]
+    t = config.temperature
+    divergence = F.kl_div(
+        F.log_softmax(student["logits"] / t, 1),
+        F.log_softmax(teacher["logits"] / t, 1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    feature = torch.stack(errors).mean() if errors else divergence.new_zeros(())
+    return config.feature_weight * feature + t * t * divergence
+
+
+def _save(
+    path: Path,
+    identity: dict[str, str],
+    parameters: dict[str, nn.Parameter],
+    optimiser: torch.optim.Adam,
+    history: list[float],
+) -> None:
+    tensors: dict[str, Tensor] = {"history": torch.tensor(history, dtype=torch.float64)}
+    for name, parameter in parameters.items():
+        state = optimiser.state[parameter]
+        tensors[f"weight.{name}"] = parameter.detach()
+        tensors[f"mean.{name}"] = state["exp_avg"]
+        tensors[f"square.{name}"] = state["exp_avg_sq"]
+    store.save_tensors(path, tensors, metadata=identity)
+
+
+def _resume(
+    path: Path,
+    identity: dict[str, str],
+    parameters: dict[str, nn.Parameter],
+    optimiser: torch.optim.Adam,
+) -> list[float]:
+    tensors, _ = store.load_tensors(path, expect=identity)
+    history = tensors["history"].tolist()
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[f"weight.{name}"])
+            optimiser.state[parameter] = {
+                "step": torch.tensor(float(len(history))),
+                "exp_avg": tensors[f"mean.{name}"].to(parameter),
+                "exp_avg_sq": tensors[f"square.{name}"].to(parameter),
+            }
+    return history
