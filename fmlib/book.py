@@ -587,32 +587,51 @@ def _status_page(runs: Mapping[str, _Run], *, profile: str, root: Path) -> str:
 
 
 def _benchmark(path: Path) -> str:
-    """Tables of a benchmark file: scalars in one, each list of records in another."""
+    """Tables of a benchmark's file: its ``rows``, then everything else that is a plain value.
+
+    A row holds plain values, which name it, and dictionaries of way -> number; each of these
+    becomes a table of its own. Longer things (profiles) stay in the file.
+    """
     content = json.loads(path.read_text(encoding="utf-8"))
-    if isinstance(content, list):
-        content = {"results": content}
-    tables = {name: value for name, value in content.items() if _is_records(value)}
-    flat: list[tuple[str, str]] = []
-    for name, value in content.items():
-        if name in tables:
-            continue
-        if isinstance(value, dict):
-            flat += [(f"{name} {key}", _cell(item)) for key, item in value.items()]
-        else:
-            flat.append((name, _cell(value)))
+    rows: list[dict[str, Any]] = content.pop("rows", [])
     parts = []
-    for records in tables.values():
-        heads = list(dict.fromkeys(key for record in records for key in record))
-        rows = [[_cell(record.get(head)) for head in heads] for record in records]
-        parts.append(_table([head.replace("_", " ") for head in heads], rows) + "\n")
-    if flat:
-        rows = [(name.replace("_", " "), value) for name, value in flat]
-        parts.append(_table(("what", "value"), rows) + "\n")
+    quantities = dict.fromkeys(k for row in rows for k, v in row.items() if _is_plain_dict(v))
+    varying = [
+        name
+        for name in dict.fromkeys(key for row in rows for key in row)
+        if all(isinstance(row.get(name), (str, int)) for row in rows)
+        and (len({row[name] for row in rows}) > 1 or name == "encoder")
+    ]
+    for quantity in quantities:
+        ways = list(dict.fromkeys(way for row in rows for way in row.get(quantity, {})))
+        cells = [
+            [*(_cell(row[name]) for name in varying)]
+            + [_cell(row.get(quantity, {}).get(way)) for way in ways]
+            for row in rows
+        ]
+        parts += [
+            f"**{_spaced(quantity)}**\n",
+            _table([*map(_spaced, [*varying, *ways])], cells) + "\n",
+        ]
+    facts = [
+        (_spaced(name), ", ".join(f"{k} {_cell(v)}" for k, v in value.items()))
+        if _is_plain_dict(value)
+        else (_spaced(name), _cell(value))
+        for name, value in content.items()
+        if not isinstance(value, list)
+    ]
+    if facts:
+        parts.append(_table(("what", "value"), facts) + "\n")
     return "\n".join(parts)
 
 
-def _is_records(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(i, dict) for i in value)
+def _is_plain_dict(value: Any) -> bool:
+    plain = (str, int, float, type(None))
+    return isinstance(value, dict) and all(isinstance(item, plain) for item in value.values())
+
+
+def _spaced(name: str) -> str:
+    return name.replace("_", " ")
 
 
 # --- claims -------------------------------------------------------------------------------------

@@ -375,12 +375,19 @@ def test_status_page(project):
 
 def test_status_page_shows_benchmarks(project):
     (project / "results" / "benchmarks").mkdir(parents=True)
-    results = {"machine": "2 cores", "ratios": [{"way": "plain", "speed_up": 2.34567}]}
+    rows_ = [
+        {"encoder": name, "images": 32, "speed_up": {"a_b": ratio, "c": 1.0}, "profile": {"c": []}}
+        for name, ratio in (("one", 2.34567), ("two", 3.0))
+    ]
+    results = {"machine": {"cpu": "AVX2", "threads": 2}, "repeats": 3, "rows": rows_}
     (project / "results" / "benchmarks" / "extract.json").write_text(json.dumps(results))
     text = staged(project, "status.md")
     assert "### Extract" in text
-    assert ["plain", "2.346"] in rows(text)
-    assert ["machine", "2 cores"] in rows(text)
+    assert "**speed up**" in text
+    assert ["encoder", "a b", "c"] in rows(text)  # all have 32 images, so that names no row
+    assert ["one", "2.346", "1"] in rows(text)
+    assert ["machine", "cpu AVX2, threads 2"] in rows(text)
+    assert "profile" not in text.split("Benchmarks")[1]
 
 
 def test_claims_page(project):
