@@ -9,9 +9,12 @@ are removed even when the network raises.
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import functools
 import math
+import platform
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -134,15 +137,15 @@ def _from_native(output: Tensor, layout: _Layout) -> tuple[Tensor, Tensor | None
 
 
 def _to_native(features: Tensor, prefix: Tensor | None, layout: _Layout) -> Tensor:
-    """Inverse of :func:`_from_native`."""
+    """Inverse of :func:`_from_native`; a copy too, since an in-place ReLU may come next."""
     if layout.form == "NHWC":
-        return features.permute(0, 2, 3, 1).contiguous()
-    if layout.form == "NTC":
-        tokens = features.flatten(2).transpose(1, 2)
+        features = features.permute(0, 2, 3, 1)
+    elif layout.form == "NTC":
+        features = features.flatten(2).transpose(1, 2)
         if prefix is not None:
-            tokens = torch.cat([prefix.expand(len(tokens), -1, -1).to(tokens), tokens], dim=1)
-        return tokens.contiguous()
-    return features
+            prefix = prefix.expand(len(features), -1, -1).to(features)
+            return torch.cat([prefix, features], dim=1)
+    return features.clone(memory_format=torch.contiguous_format)
 
 
 # ------------------------------------------------------------------------------------------ trace
@@ -866,9 +869,16 @@ def _extents(
 
         return hook
 
+    if encoder.device.type != "cpu":
+        encoder = copy.deepcopy(encoder).to("cpu")
     with contextlib.ExitStack() as stack:
         stack.enter_context(_measuring(encoder))
         stack.enter_context(torch.enable_grad())
+        # Winograd and FFT convolutions mix neighbouring pixels and would spread the marker: cuDNN
+        # and the Arm library use them, oneDNN on x86 does not.
+        if platform.machine().lower() not in ("x86_64", "amd64"):
+            stack.enter_context(warnings.catch_warnings(action="ignore"))  # about Intel GPUs
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
         for name in names:
             module = encoder.net.get_submodule(name)
             stack.callback(module.register_forward_hook(keep(name)).remove)

@@ -220,6 +220,20 @@ def test_tail_of_changed_features_by_hand(residual: encoders.Encoder) -> None:
     assert torch.allclose(gradient, expected, atol=1e-6)
 
 
+def test_tail_leaves_the_given_features_alone(residual: encoders.Encoder) -> None:
+    """The layer is followed by an in-place ReLU, which must not write into them."""
+    features = torch.randn(2, 4, 32, 32, requires_grad=True)
+    before = features.detach().clone()
+    logits = taps.tail(residual, "stem")(features)
+    assert torch.equal(features, before)
+    assert torch.autograd.grad(logits.sum(), features)[0].shape == features.shape
+    net = residual.net
+    assert isinstance(net, Residual)
+    x = before.relu()
+    x = net.after((x + net.branch(x)).relu())
+    assert torch.allclose(logits, net.head(x.mean((2, 3))), atol=1e-6)
+
+
 def test_tail_to_a_deeper_layer(residual: encoders.Encoder) -> None:
     images = torch.rand(2, 3, 32, 32)
     found = taps.features(residual, images, ["stem", "after"])
@@ -414,6 +428,16 @@ def test_receptive_fields_of_chains(chain: list[tuple[int, int, int, bool]]) -> 
                 assert pair[0] > 128
             else:
                 assert found[name] == pair
+
+
+def test_receptive_fields_where_convolutions_are_not_direct(
+    squeezenet: encoders.Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On other processors the plain convolution is used, silently, and gives the same fields."""
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    found = taps.receptive_fields(squeezenet, ["features.1", "features.4"], size=64)
+    assert found == {"features.1": (3.0, 2.0), "features.4": (23.0, 4.0)}
+    assert torch.backends.mkldnn.is_available()
 
 
 class Attention(nn.Module):
