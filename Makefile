@@ -8,10 +8,10 @@ BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help book test lint format lab lock bench clean
+.PHONY: help book test lint format lab lock bench reference clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  options: PROFILE=smoke|default|paper  OFFLINE=1 (no external request from the pages)  JOBS=n"
 
 book: $(READY)  ## execute the notebooks that changed and build _build/html
@@ -44,6 +44,12 @@ bench: $(READY)  ## measure speed as ratios against named baselines
 lock: $(READY)  ## resolve every version and hash anew
 	$(BIN)/uv pip compile pyproject.toml --group test --group lint --group lab --universal \
 	  --python-version 3.11 --generate-hashes --no-header --no-annotate --upgrade --quiet -o requirements.lock
+
+reference: book  ## keep the numbers of this profile's runs in results/reference
+	@for run in _build/runs/$(PROFILE)/*/; do \
+	  kept=results/reference/$(PROFILE)/$$(basename $$run); \
+	  mkdir -p $$kept && cp $$run/metrics.json $$run/manifest.json $$kept/ && echo $$kept; \
+	done
 
 clean:  ## remove everything built (the environment stays)
 	rm -rf _build .snakemake .pytest_cache .ruff_cache .hypothesis
