@@ -53,6 +53,11 @@ SCRIPT_FOLDER = "js"
 MINIMUM_N = 5
 VERDICTS = {"supported": "success", "not supported": "danger", "undecided": "secondary"}
 
+SMOKE = (
+    "This copy was made with the profile <code>smoke</code>: it shows that everything runs, and "
+    "its numbers rest on a handful of images."
+)
+
 SETUP_JS = """\
 // Modules that a page asks for by name are looked up beside this file, wherever the book lies:
 // a web server's root, a sub-folder of it, or a folder opened from disk.
@@ -239,7 +244,9 @@ def stage(
 
     files: dict[str, bytes] = {
         "_toc.yml": (root / "_toc.yml").read_bytes(),
-        "_config.yml": _config(root, offline=offline, scripts=scripts, stage=stage_directory),
+        "_config.yml": _config(
+            root, profile=profile, offline=offline, scripts=scripts, stage=stage_directory
+        ),
     }
     for path in sorted((root / "book").rglob("*")):
         name = path.relative_to(root).as_posix()
@@ -338,13 +345,23 @@ class _Run:
         return f"/notebooks/{self.source.stem}"
 
 
-def _config(root: Path, *, offline: bool, scripts: str | Path | None, stage: Path) -> bytes:
+def _config(
+    root: Path, *, profile: str, offline: bool, scripts: str | Path | None, stage: Path
+) -> bytes:
     text = (root / "_config.yml").read_text(encoding="utf-8")
-    if not offline:
+    if not offline and profile != "smoke":
         return text.encode()
+    config = yaml.safe_load(text)
+    if profile == "smoke":
+        config.setdefault("html", {})["announcement"] = SMOKE
+    if offline:
+        _use_local_scripts(config, scripts, stage)
+    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode()
+
+
+def _use_local_scripts(config: dict[str, Any], scripts: str | Path | None, stage: Path) -> None:
     if scripts is None:
         raise BookError("an offline book needs the folder of its scripts, see book.fetch_scripts")
-    config = yaml.safe_load(text)
     extra = config.setdefault("sphinx", {}).setdefault("config", {})
     # Sphinx takes script names without a scheme as relative to _static and turns them into a path
     # relative to each page; climbing out of _static keeps Jupyter Book from loading every script
@@ -361,7 +378,6 @@ def _config(root: Path, *, offline: bool, scripts: str | Path | None, stage: Pat
         f"{up}/setup.js": {},
         f"{up}/@jupyter-widgets/html-manager/dist/embed-amd.js": {},
     }
-    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode()
 
 
 # --- chapters -----------------------------------------------------------------------------------
@@ -763,7 +779,7 @@ def _claims_page(root: Path, runs: Mapping[str, _Run]) -> str:
         facts = [
             f"Measured: **{_number(measured)}**",
             f"encoder `{measured['encoder']}`" if measured.get("encoder") else "",
-            f"n = {measured['n']}" if measured.get("n") is not None else "",
+            _n(claim),
         ]
         parts += [
             f"(claim-{claim['id']})=\n### {_text(claim['claim'])}\n",
@@ -798,6 +814,13 @@ def _cell(value: Any) -> str:
     if isinstance(value, (dict, list)):
         return f"`{json.dumps(value)}`"
     return str(value)
+
+
+def _n(claim: Mapping[str, Any]) -> str:
+    n, needed = claim["measured"].get("n"), claim.get("minimum_n", MINIMUM_N)
+    if n is None:
+        return ""
+    return f"n = {n}" + (f" (at least {needed} needed)" if n < needed else "")
 
 
 def _text(value: Any) -> str:

@@ -326,10 +326,12 @@ def test_toc_that_names_no_notebook_is_refused(project):
 
 def test_offline_changes_the_configuration_only(project, tmp_path):
     scripts = tmp_path / "scripts"
-    stage(project)
-    assert (project / "_build" / "stage" / "_config.yml").read_text().endswith("numfig: true}}\n")
-    assert stage(project, offline=True, scripts=scripts) == ["_config.yml"]
     staged = project / "_build" / "stage"
+    shutil.copytree(project / "_build/runs/smoke", project / "_build/runs/default")
+    stage(project, profile="default")
+    assert (staged / "_config.yml").read_text() == (project / "_config.yml").read_text()
+    found = stage(project, profile="default", offline=True, scripts=scripts)
+    assert found == ["_config.yml"]
     config = yaml.safe_load((staged / "_config.yml").read_text())["sphinx"]["config"]
     assert config["numfig"] is True
     (extra,) = config["html_extra_path"]
@@ -342,6 +344,13 @@ def test_offline_changes_the_configuration_only(project, tmp_path):
         "setup.js",
         "embed-amd.js",
     ]
+
+
+def test_smoke_pages_say_that_they_are(project):
+    stage(project)
+    config = yaml.safe_load((project / "_build" / "stage" / "_config.yml").read_text())
+    assert "smoke" in config["html"]["announcement"]
+    assert config["sphinx"] == {"config": {"numfig": True}}
 
 
 # --- generated pages ----------------------------------------------------------------------------
@@ -399,6 +408,13 @@ def test_claims_page(project):
     assert [link, "{cite:t}`lee2020`", interval, badge] in rows(text)
     assert "1 supported, 0 not supported, 0 undecided." in text
     assert "encoder `squeezenet1_1`, n = 9. Supported if below 0.5." in text
+
+
+def test_claims_page_says_what_is_too_few(project):
+    (project / "book" / "claims.yml").write_text(yaml.safe_dump([CLAIM | {"minimum_n": 10}]))
+    text = staged(project, "claims.md")
+    assert "n = 9 (at least 10 needed). Supported" in text
+    assert "0 supported, 0 not supported, 1 undecided." in text
 
 
 def test_pages_do_not_change_without_a_reason(project):
