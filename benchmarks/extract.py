@@ -9,8 +9,9 @@ Ways of getting the recommended layers of the same images, interleaved, medians 
 * optimised: `extract.stream` of `extract.optimise(encoder)`, float32, its default batch size;
 * bfloat16: the same with autocast.
 
-Only the ratios mean anything. On a machine that is busy with other work, `--threads 1 --clock cpu`
-compares processor time (user and system) instead of wall time. The cosine is the smallest over
+Only the ratios mean anything. On a machine that is busy with other work, compare processor
+time (user and system) instead of wall time: `OMP_WAIT_POLICY=passive` in the environment, so that
+threads do not spend it waiting for each other, and `--clock cpu`. The cosine is the smallest over
 images and layers against eager 32. Where bfloat16 is not faster, the profile says why: the
 operators that took its time. Results go to results/benchmarks/extract.json.
 """

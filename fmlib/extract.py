@@ -154,7 +154,7 @@ def _batch_size(encoder: Encoder, batch_size: int | None) -> int:
     if batch_size is None:
         # Maps of few images are recycled by the C allocator; beyond its threshold (32 MB) each one
         # is mapped anew, and the page faults of a batch of 32 cost more than its convolutions.
-        return 4 * max(1, torch.get_num_threads() // 2) if encoder.device.type == "cpu" else 64
+        return max(8, 2 * torch.get_num_threads()) if encoder.device.type == "cpu" else 64
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     return batch_size
