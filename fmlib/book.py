@@ -54,7 +54,7 @@ MINIMUM_N = 5
 VERDICTS = {"supported": "success", "not supported": "danger", "undecided": "secondary"}
 
 SMOKE = (
-    "This copy was made with the profile <code>smoke</code>: it shows that everything runs, and "
+    "This copy was made with the profile <b>smoke</b>: it shows that everything runs, and "
     "its numbers rest on a handful of images."
 )
 

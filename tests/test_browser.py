@@ -459,6 +459,7 @@ def test_chapter_shows_its_origin_and_numbers(browser, small):
         text = visit.page.locator("main").text_content() or ""
         assert "0.20 [0.10, 0.30]" in text
         assert "python -m fmlib run notebooks/00_all.ipynb --profile smoke" in text
+        assert visit.page.get_by_text("made with the profile smoke").is_visible()
         assert "vnd.fmlib" not in text
         assert "application/papermill" not in text
         folded = visit.page.locator(".admonition.dropdown").filter(has_text="How these results")
