@@ -230,6 +230,8 @@ def test_permuted_labels_are_at_chance():
         lambda seed: probes.position_accuracy(x, PLACES, permute=True, seed=seed), seeds=20
     )
     assert found.low < 0.5 < found.high
+    constant = probes.standardise(np.ones((169, 3)))
+    assert probes.position_accuracy(constant, PLACES, permute=True).tolist() == [0.5, 0.5]
 
 
 def smooth_noise(seed):
@@ -351,6 +353,7 @@ def test_features_that_are_none_are_refused(features, words):
             "did you mean 'blocked'",
         ),
         (lambda: probes.regress(noise(), PLACES, ridge=0), "ridge"),
+        (lambda: probes.position_accuracy(noise(), PLACES, C=0), "C must be"),
         (lambda: probes.StreamedRegression(PLACES, ridge=-1), "ridge"),
         (
             lambda: probes.accuracy(
