@@ -211,7 +211,7 @@ def heat_maps(
             f"maps must be ({len(rows)}, {len(columns)}, H, W) to fit the labels, "
             f"not {values.shape}"
         )
-    each = (WIDTH - 1.6) / len(columns)
+    each = (WIDTH - 2.2) / len(columns)
     fig = figure(
         len(rows) * (each * values.shape[2] / values.shape[3] + 0.2) + 0.65 + 0.05 * len(rows)
     )
