@@ -384,8 +384,14 @@ def _strides(encoder: Encoder, layers: Sequence[str], size: int) -> dict[str, in
             record = max(before, key=lambda other: other.order)
         source[layer] = record.name
         wanted.append(record.name)
-    found = taps.receptive_fields(encoder, list(dict.fromkeys(wanted)), size=size)
-    return {layer: round(found[name][1]) for layer, name in source.items()}
+    # the spans are kept from earlier calls; where there are none the field reaches the border
+    spans = taps.spans(encoder, list(dict.fromkeys(wanted)), size=size)
+    known_strides = {name: seen[0][2] for name, seen in spans.items() if seen}
+    missing = [name for name in spans if name not in known_strides]
+    if missing:
+        fields = taps.receptive_fields(encoder, missing, size=size)
+        known_strides |= {name: round(fields[name][1]) for name in missing}
+    return {layer: known_strides[name] for layer, name in source.items()}
 
 
 def _object(objects: Any, i: int, size: int) -> Tensor:
