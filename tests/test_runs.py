@@ -393,7 +393,19 @@ def test_a_failure_keeps_the_earlier_result_and_a_success_clears_the_failure(
 
 def start(notebook: str, output: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "fmlib", "run", notebook, "--output", output]
-    return subprocess.Popen(command, stdout=-1, stderr=-1, text=True, start_new_session=True)
+
+    def heed_interrupts() -> None:
+        # A background job of a shell, as a test run may be, ignores SIGINT and hands that on.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    return subprocess.Popen(
+        command,
+        stdout=-1,
+        stderr=-1,
+        text=True,
+        start_new_session=True,
+        preexec_fn=heed_interrupts if os.name == "posix" else None,
+    )
 
 
 def test_runs_side_by_side_are_whole_and_bit_identical(project: Path) -> None:
