@@ -67,8 +67,9 @@ class Aliasing:
     power: Tensor  #: within the bandwidth of the harmonics, in squared units of the signal
     share: Tensor  #: of the spectrum's total power; 0 where there is none
     background: Tensor  #: what the same bins would hold if they were like their neighbours between
-    ratio: Tensor  #: power over background
-    by_period: dict[int, Tensor]  #: the power by period: 2, 4, ... samples, as in `harmonics`
+    excess: Tensor  #: power above the background, summed over the harmonics that have any
+    ratio: Tensor  #: power over background, geometric mean over the harmonics; 1 without any
+    by_period: dict[int, Tensor]  #: the excess by period: 2, 4, ... samples, as in `harmonics`
 
 
 @dataclass(frozen=True)
@@ -250,15 +251,17 @@ def aliasing_power(
 
     The background of a harmonic is the mean density at the frequencies half a spacing,
     1/(2·stride), on either side of it (in two dimensions: at the four corners). White noise gives a
-    ratio of 1 on average; a spectrum that only falls with frequency is convex and gives less, so
-    that a ratio above 1 is no artefact of a slope.
+    background equal to the power on average; a spectrum that falls with frequency as a power does
+    is convex and gives more. The ratio weighs all harmonics alike, so that no single one decides:
+    the lowest has its neighbour where a trend lies, or lay before it was taken away (take away a
+    straight line at most, or that neighbour is made too small).
 
     Args:
         spectrum: of :func:`psd`.
         stride: cumulative stride of the layer, px.
         bandwidth: half-width of a harmonic in cycles per pixel; by default one and a half bins, the
             main lobe of the Hann window.
-        rounding: power that counts as none, added to both sides of the ratio. The default is
+        rounding: power that counts as none, added to both sides of each ratio. The default is
             that of a cosine of single-precision features.
 
     Raises:
@@ -306,17 +309,20 @@ def aliasing_power(
         floor = density[..., rows, columns].mean((-3, -1)) * size
         divisor = torch.gcd(torch.gcd(steps[:, None], steps), torch.tensor(stride))
     period = stride // divisor
+    above = (power - floor).clamp_min(0)
     found = {
-        int(p): power[..., period == p].sum(-1) for p in torch.unique(period).tolist() if p > 1
+        int(p): above[..., period == p].sum(-1) for p in torch.unique(period).tolist() if p > 1
     }
     total = spectrum.power.flatten(-dims).sum(-1)
     harmonic = period > 1
     alias, background = power[..., harmonic].sum(-1), floor[..., harmonic].sum(-1)
+    logs = ((power + rounding) / (floor + rounding)).log()[..., harmonic]
     return Aliasing(
         power=alias,
         share=torch.where(total > 0, alias / total.clamp_min(1e-300), 0.0),
         background=background,
-        ratio=(alias + rounding) / (background + rounding),
+        excess=above[..., harmonic].sum(-1),
+        ratio=(logs.sum(-1) / max(int(harmonic.sum()), 1)).exp(),
         by_period=found,
     )
 

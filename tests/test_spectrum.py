@@ -183,13 +183,14 @@ def test_a_sine_at_an_eighth_is_of_the_third_halving():
     assert float(found.by_period[8]) == pytest.approx(0.5, rel=1e-3)
     others = sum(float(found.by_period[p]) for p in (2, 4, 16))
     assert others < 1e-3
-    assert float(found.ratio) > 100
+    assert float(found.ratio) > 30  # one of eight harmonics, by itself above 1e12
 
 
 def test_a_sine_between_harmonics_is_background():
     found = spectrum.aliasing_power(spectrum.psd(wave(3 / 16)), 8)
     assert float(found.share) < 1e-6
-    assert float(found.ratio) < 1e-6
+    assert float(found.excess) < 1e-6
+    assert float(found.ratio) < 1e-2
 
 
 def test_a_map_at_an_eighth_across():
@@ -225,6 +226,17 @@ def test_white_noise_has_a_ratio_of_one_and_a_falling_spectrum_less():
     assert float(white.power.mean() / white.background.mean()) == pytest.approx(1, rel=0.05)
     red = spectrum.aliasing_power(spectrum.psd(noise(4000, 128).cumsum(-1)), 8)
     assert float(red.power.mean() / red.background.mean()) < 1
+    assert float(white.ratio.log().mean()) < 0.02
+    assert float(red.ratio.log().mean()) < 0
+
+
+@pytest.mark.parametrize("width", [5, 20, 60])
+def test_a_cusp_at_the_reference_is_no_peak(width):
+    """As of a random walk's correlation: all frequencies, none of them a harmonic."""
+    line = torch.exp(-(torch.arange(128, dtype=torch.float64) - 63).abs() / width)
+    found = spectrum.aliasing_power(spectrum.psd(line), 32)
+    assert float(found.ratio) < 1.1
+    assert float(found.excess) < 0.02 * float(line.var())
 
 
 def test_parts_add_up_and_each_finds_its_own():
