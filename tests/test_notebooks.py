@@ -83,6 +83,18 @@ INVARIANTS: dict[str, dict[str, Callable[[Values], bool]]] = {
             max(of(m, "displacement_", random=False)) < min(of(m, "displacement_", random=True))
         ),
     },
+    "12_shift_spectrum": {
+        "harmonics stand out": lambda m: min(of(m, "alias_over_background_", random=False)) > 1,
+        "nothing below the layer's own frequency": lambda m: (
+            m["misplaced_efficientnet_lite0"] < 1e-3
+        ),
+        "both errors are there": lambda m: min(of(m, "alias_power_") + of(m, "drift_")) > 0,
+        "a share is one": lambda m: all(0 <= x < 1 for x in of(m, "local_share_")),
+        "inside, whole strides are exact and others are not": lambda m: (
+            max(of(m, "equivariance_whole_")) < 1e-4 < 0.05 < min(of(m, "equivariance_error_"))
+        ),
+        "at the border not even whole strides": lambda m: min(of(m, "border_error_")) > 0.01,
+    },
 }
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
