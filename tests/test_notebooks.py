@@ -83,6 +83,29 @@ INVARIANTS: dict[str, dict[str, Callable[[Values], bool]]] = {
             max(of(m, "displacement_", random=False)) < min(of(m, "displacement_", random=True))
         ),
     },
+    "11_position_probe": {
+        "accuracies are shares": lambda m: all(
+            0 <= value <= 1
+            for name, value in m.items()
+            if "accuracy" in name and not name.endswith("over_control")
+        ),
+        "a mean colour tells nothing": lambda m: m["floor_accuracy"] == 0.5,
+        "deep features of trained networks tell the half": lambda m: (
+            m["position_accuracy_efficientnet_lite0"] > 0.7
+            and m["position_accuracy_squeezenet1_1"] > 0.7
+        ),
+        "and the place, better than not knowing": lambda m: (
+            max(of(m, "position_error_px_", random=False)) < m["position_floor_px"]
+        ),
+        "a mean R² is no more than the mean error allows": lambda m: all(
+            m[name.replace("error_px", "r2")] <= 1 - (error / m["position_floor_px"]) ** 2 + 1e-9
+            for name, error in m.items()
+            if name.startswith("position_error_px_")
+        ),
+        "random folds credit smooth noise more than strips do": lambda m: (
+            m["noise_accuracy_shuffled"] > m["noise_accuracy_blocked"]
+        ),
+    },
     "12_shift_spectrum": {
         "harmonics stand out": lambda m: min(of(m, "alias_over_background_", random=False)) > 1,
         "nothing below the layer's own frequency": lambda m: (
