@@ -14,9 +14,9 @@ medians of the repeats:
 * shared: the same with the early layers once per stride phase (`fmlib.phases`), the default.
 
 What a sweep does once for all objects (folding, planning) is left out: the rate is that of every
-object after the first. Only the ratios mean anything. On a machine that others use as well, the
-clock should be "cpu": the processor time of this process and its workers, with one thread, which
-waiting does not lengthen.
+object after the first. Only the ratios mean anything. On a machine that others use as well, let the
+clock be "cpu", the processor time of this process and its workers, and set OMP_WAIT_POLICY=passive,
+so that threads do not spend it waiting.
 The error is the largest difference in cosine to the five references from the composed way; the
 straightforward way differs from it by the rounding to 8 bits.
 Results go to results/benchmarks/shift.json.
