@@ -139,6 +139,8 @@ class BlurPool(Subsampler):
     two agree up to that ReLU, since a filter that sums to one commutes with the batch norm.
     """
 
+    padding_mode = "reflect"
+
     def __init__(self, layer: nn.Module, name: str, *, kernel: str) -> None:
         super().__init__(layer, name)
         for axis, stride in enumerate(self.stride):
@@ -186,6 +188,8 @@ class PolyphaseSampler(Subsampler):
 
     Chaman & Dokmanić 2021, §3.1.
     """
+
+    padding_mode = "circular"
 
     def __init__(self, layer: nn.Module, name: str, *, phases: _Phases) -> None:
         super().__init__(layer, name)

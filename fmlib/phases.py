@@ -124,6 +124,10 @@ def plan(
     first of ``layers`` that separate the network (:func:`taps.tail`) and whose receptive field is
     smaller than the canvas.
     """
+    # Other padding than zeros shows an object to units beyond its window: nothing is shared then.
+    modes = {getattr(module, "padding_mode", "zeros") for module in encoder.net.modules()}
+    if modes != {"zeros"}:
+        return []
     known = taps.trace(encoder, size=canvas)
     first = min(known[name].order for name in taps._names(encoder, layers))
     candidates, seen = [], set()
