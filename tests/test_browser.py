@@ -24,20 +24,7 @@ from PIL import Image as Pillow
 from fmlib import book, runs
 
 ROOT = Path(__file__).resolve().parent.parent
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-
 pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome on PATH"),
     pytest.mark.skipif(shutil.which("npm") is None, reason="no npm on PATH for an offline book"),
 ]
 
@@ -171,16 +158,6 @@ def small(tmp_path_factory) -> Path:
 class Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, format, *args):
         pass
-
-
-@pytest.fixture(scope="session")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield found.new_context()  # one for all pages: they share a cache of scripts
-        found.close()
 
 
 @contextlib.contextmanager
