@@ -2,17 +2,17 @@
 
 An object is pasted at every position of a grid on a plain canvas; the features of each picture are
 compared, by their cosine, with the features at five reference positions. Pictures are composed on
-the encoder's device and features are reduced to cosines batch by batch, so memory does not grow
-with the number of positions.
+the encoder's device and features go through a :class:`Reducer` batch by batch, so memory does not
+grow with the number of positions, save for the results.
 """
 
 from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,13 @@ from .encoders import Encoder
 
 __all__ = [
     "REFERENCES",
+    "Cosines",
     "Floors",
     "Grid",
+    "Moments",
+    "Pairs",
+    "Pairwise",
+    "Reducer",
     "ShiftMaps",
     "centre_cosine",
     "compose",
@@ -34,7 +39,9 @@ __all__ = [
     "global_cosine",
     "grid",
     "paint",
+    "pairwise",
     "prepare",
+    "reduce",
     "references",
     "sweep",
 ]
@@ -74,6 +81,14 @@ class ShiftMaps:
     wiggle: Tensor  #: (O,) mean |Δ cosine to the centre| per pixel
     profile: Tensor  #: (O, 2, L) cosine to the centre along a 1-px line: vertical, horizontal
     profile_offsets: Tensor  #: (L,) int64 displacement from the centre reference in pixels
+
+
+@dataclass(frozen=True)
+class Pairwise:
+    """Cosines of one layer between any two positions of a grid, for O objects."""
+
+    cosine: Tensor  #: (O, P, P) float32, symmetric; positions as in `grid.positions`
+    grid: Grid
 
 
 @dataclass(frozen=True)
@@ -349,10 +364,10 @@ def _scan(canvas: int, size: int, span: int) -> tuple[Tensor, Tensor]:
     return line - middle, torch.cat([torch.stack([line, still], 1), torch.stack([still, line], 1)])
 
 
-def _prepared(objects: Any, size: int) -> Iterator[Tensor]:
+def _prepared(objects: Any, size: int, indices: Sequence[int] | None = None) -> Iterator[Tensor]:
     """The objects of a set or sequence, prepared; errors say which one is wrong."""
     table = getattr(objects, "table", None)
-    for i in range(len(objects)):
+    for i in range(len(objects)) if indices is None else indices:
         try:
             yield prepare(objects[i], size)
         except ValueError as error:
@@ -366,11 +381,14 @@ def _ready(encoder: Encoder, layers: Sequence[str], optimise: bool) -> Encoder:
     return extract.optimise(encoder, keep=layers) if optimise else encoder
 
 
+def _wide(vectors: Tensor) -> Tensor:
+    """In float64, on the CPU where the device has none."""
+    return (vectors.cpu() if vectors.device.type == "mps" else vectors).double()
+
+
 def _unit(vectors: Tensor) -> Tensor:
     """Rows of length one, in float64: rounding must not show in cosines next to 1."""
-    if vectors.device.type == "mps":  # has no float64
-        vectors = vectors.cpu()
-    return F.normalize(vectors.double(), dim=1)
+    return F.normalize(_wide(vectors), dim=1)
 
 
 def _layers(layers: Sequence[str]) -> list[str]:
@@ -391,6 +409,216 @@ def _chain(
     stages = phases.plan(encoder, layers, positions, size=(size, size), canvas=canvas)
     empty = ground[None].to(encoder.device)
     return phases.Chain(encoder, layers, stages, empty=empty) if stages else None
+
+
+# --------------------------------------------------------------------------------------- reducers
+
+
+class Reducer(Protocol):
+    """Takes in the vectors of one object at one layer, batch by batch; see :func:`reduce`."""
+
+    def update(self, index: Tensor, vectors: Tensor) -> None:
+        """Vectors (B, D) at the positions with these indices (B,); each position comes once."""
+        ...
+
+    def result(self) -> Any:
+        """What is left of them."""
+        ...
+
+
+#: Makes a reducer, given the vectors (A, D) at the reference positions (A may be 0).
+Make = Callable[[Tensor], Reducer]
+
+
+class Cosines:
+    """Cosines with the references at `count` positions; in memory 8·A numbers each."""
+
+    def __init__(self, references: Tensor, *, count: int) -> None:
+        self._anchor = _unit(references)
+        self._cosine = self._anchor.new_empty(count, len(references))
+
+    def update(self, index: Tensor, vectors: Tensor) -> None:
+        """Compare the vectors (B, D) of the positions `index` (B,)."""
+        device = self._cosine.device
+        self._cosine[index.to(device)] = (_unit(vectors) @ self._anchor.T).clamp(-1, 1)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """(count, A) cosines, and (A, A) of the references with one another; float64, CPU."""
+        among = (self._anchor @ self._anchor.T).clamp(-1, 1)
+        return self._cosine.cpu(), among.cpu()
+
+
+class Moments:
+    """Mean and variance of each feature over positions: which channels move.
+
+    Batches are merged as by Chan, Golub & LeVeque (1983), in float64: no digits are lost where the
+    variance is small beside the mean.
+    """
+
+    def __init__(self, references: Tensor | None = None) -> None:
+        del references  # not needed; so that the class itself can be given to `reduce`
+        self._count = 0
+        self._mean = self._squares = torch.empty(0)
+
+    def update(self, index: Tensor, vectors: Tensor) -> None:
+        """Take in the vectors (B, D) of the positions `index` (B,)."""
+        x = _wide(vectors)
+        count, mean = len(index), x.mean(0)
+        squares = (x - mean).square().sum(0)
+        if self._count:
+            total, step = self._count + count, mean - self._mean
+            squares = self._squares + squares + step.square() * (self._count * count / total)
+            mean = self._mean + step * (count / total)
+        self._count, self._mean, self._squares = self._count + count, mean, squares
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """(D,) mean and (D,) variance over all positions (divided by their number); float64, CPU.
+
+        Raises:
+            ValueError: no position has come.
+        """
+        if not self._count:
+            raise ValueError("no position has come yet")
+        return self._mean.cpu(), (self._squares / self._count).cpu()
+
+
+class Pairs:
+    """Cosines between any two of `count` positions; keeps the vectors, count·D numbers."""
+
+    def __init__(self, references: Tensor | None = None, *, count: int) -> None:
+        del references
+        self._count, self._seen = count, 0
+        self._vectors = torch.empty(0)
+
+    def update(self, index: Tensor, vectors: Tensor) -> None:
+        """Keep the vectors (B, D) of the positions `index` (B,)."""
+        if not self._seen:
+            self._vectors = vectors.new_empty(self._count, vectors.shape[1])
+        self._vectors[index.to(vectors.device)] = vectors
+        self._seen += len(index)
+
+    def result(self) -> Tensor:
+        """(count, count) cosines; float32, on the CPU.
+
+        Raises:
+            ValueError: positions are missing.
+        """
+        if self._seen != self._count:
+            raise ValueError(f"{self._count - self._seen} positions have not come yet")
+        unit = _unit(self._vectors)
+        return (unit @ unit.T).clamp(-1, 1).float().cpu()
+
+
+def reduce(
+    encoder: Encoder,
+    objects: Any,
+    layers: Sequence[str],
+    positions: Tensor,
+    reducers: Mapping[str, Make],
+    *,
+    size: int = 125,
+    canvas: int = 224,
+    references: Tensor | None = None,
+    background: str | float | Sequence[float] | Tensor = "white",
+    pool: Pool = "mean",
+    batch_size: int | None = None,
+    optimise: bool = True,
+    share: bool | None = None,
+    progress: bool = False,
+) -> Iterator[dict[str, dict[str, Any]]]:
+    """Show every object at every position once, and let any number of reducers look on.
+
+    Memory is what the reducers keep of one object, however many positions there are. For the maps,
+    the moving channels and a linear probe in a single pass::
+
+        places = shift.grid(224, 125)
+        reducers = {
+            "cosine": functools.partial(shift.Cosines, count=len(places.positions)),
+            "moments": shift.Moments,
+            "position": lambda _: probes.StreamedRegression(places),
+        }
+        for found in shift.reduce(
+            encoder, objects, layers, places.positions, reducers,
+            references=shift.references(224, 125),
+        ):
+            found["moments"]["blocks.6"]
+
+    Yields:
+        for each object, reducer name -> layer -> its result.
+
+    `positions` are (P, 2) whole numbers (y, x). `reducers` maps a name to a function that makes a
+    :class:`Reducer` for one object and layer, given the vectors (A, D) at the positions
+    `references` (A, 2), which are seen first (none by default). All else as in :func:`sweep`.
+
+    Raises:
+        ValueError: a bad object (named; before anything is computed), position, background, layer
+            or pool, or no reducers.
+    """
+    if not reducers:
+        raise ValueError("give at least one reducer")
+    yield from _reduce(
+        encoder, objects, layers, positions, reducers, size=size, canvas=canvas,
+        references=references, background=background, pool=pool, batch_size=batch_size,
+        optimise=optimise, share=share, progress=progress,
+    )  # fmt: skip
+
+
+def _reduce(
+    encoder: Encoder,
+    objects: Any,
+    layers: Sequence[str],
+    positions: Tensor,
+    reducers: Mapping[str, Make],
+    *,
+    size: int,
+    canvas: int,
+    references: Tensor | None,
+    background: str | float | Sequence[float] | Tensor,
+    pool: Pool,
+    batch_size: int | None,
+    optimise: bool,
+    share: bool | None,
+    progress: bool,
+    indices: Sequence[int] | None = None,
+) -> Iterator[dict[str, dict[str, Any]]]:
+    """:func:`reduce` for some of the objects."""
+    layers = _layers(layers)
+    _check_pool(pool)
+    indices = range(len(objects)) if indices is None else indices
+    if not len(objects):
+        raise ValueError("no objects to move")
+    fast = _ready(encoder, layers, optimise)
+    ground = paint(background, canvas)
+    for _ in _prepared(objects, size, indices):  # a mistake shows before the first forward pass
+        pass
+    if share is None:
+        share = fast.device.type == "cpu"
+    chain = _chain(fast, layers, positions, size, ground) if share else None
+    options: dict[str, Any] = {
+        "canvas": canvas,
+        "background": ground,
+        "pool": pool,
+        "batch_size": batch_size,
+    }
+    total = len(indices) * len(positions)
+    with tqdm(total=total, unit="pos", disable=not progress, leave=False) as bar:
+        for obj in _prepared(objects, size, indices):
+            anchors: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+            if references is not None and len(references):
+                for _, vectors in features(fast, obj, references, layers, **options):
+                    for layer, vector in vectors.items():
+                        anchors[layer].append(vector)
+            anchor = {x: torch.cat(p) if p else torch.empty(0, 0) for x, p in anchors.items()}
+            made = {
+                name: {layer: make(anchor[layer]) for layer in layers}
+                for name, make in reducers.items()
+            }
+            for index, vectors in features(fast, obj, positions, layers, chain=chain, **options):
+                for mine in made.values():
+                    for layer, vector in vectors.items():
+                        mine[layer].update(index, vector)
+                bar.update(len(index))
+            yield {name: {x: r.result() for x, r in mine.items()} for name, mine in made.items()}
 
 
 def sweep(
@@ -442,50 +670,27 @@ def sweep(
         ValueError: a bad object (named), grid, background, layer or pool.
     """
     layers = _layers(layers)
-    _check_pool(pool)
     _whole("span", span)
     places = grid(canvas, size, stride)
-    if not len(objects):
-        raise ValueError("no objects to move")
     fixed = references(canvas, size)
     offsets, scan = _scan(canvas, size, canvas if stride == 1 else span)
     # The scan shares positions with the grid: every picture is made once.
     unique, inverse = torch.unique(torch.cat([places.positions, scan]), dim=0, return_inverse=True)
-    fast = _ready(encoder, layers, optimise)
-    options: dict[str, Any] = {
-        "canvas": canvas,
-        "background": paint(background, canvas),
-        "pool": pool,
-        "batch_size": batch_size,
-    }
-    if share is None:
-        share = fast.device.type == "cpu"
-    chain = _chain(fast, layers, unique, size, options["background"]) if share else None
-    cosine = {
-        layer: torch.empty(len(objects), len(unique), 5, dtype=torch.float64) for layer in layers
-    }
-    among = {layer: torch.empty(len(objects), 5, 5, dtype=torch.float64) for layer in layers}
-    with tqdm(
-        total=len(objects) * len(unique), unit="pos", disable=not progress, leave=False
-    ) as bar:
-        for i, obj in enumerate(_prepared(objects, size)):
-            parts: dict[str, list[Tensor]] = {layer: [] for layer in layers}
-            for _, vectors in features(fast, obj, fixed, layers, **options):
-                for layer, vector in vectors.items():
-                    parts[layer].append(_unit(vector))
-            anchor = {layer: torch.cat(part) for layer, part in parts.items()}
-            for layer, unit in anchor.items():
-                among[layer][i] = (unit @ unit.T).clamp(-1, 1).cpu()
-            for index, vectors in features(fast, obj, unique, layers, chain=chain, **options):
-                for layer, vector in vectors.items():
-                    value = _unit(vector) @ anchor[layer].T
-                    cosine[layer][i, index] = value.clamp(-1, 1).cpu()
-                bar.update(len(index))
+    cosine: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+    among: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+    for found in _reduce(
+        encoder, objects, layers, unique, {"": functools.partial(Cosines, count=len(unique))},
+        size=size, canvas=canvas, references=fixed, background=background, pool=pool,
+        batch_size=batch_size, optimise=optimise, share=share, progress=progress,
+    ):  # fmt: skip
+        for layer, (values, mutual) in found[""].items():
+            cosine[layer].append(values)
+            among[layer].append(mutual)
 
     result = {}
     count, line = len(places.positions), len(offsets)
-    for layer, values in cosine.items():
-        values = values[:, inverse]
+    for layer in layers:
+        values = torch.stack(cosine.pop(layer))[:, inverse]
         maps = values[:, :count].transpose(1, 2).reshape(-1, 5, *places.shape)
         profile = values[:, count:, _CENTRE].reshape(-1, 2, line)
         if stride == 1:
@@ -494,10 +699,71 @@ def sweep(
         else:
             steps = [profile.diff(dim=2).flatten(1)]
         wiggle = torch.cat(steps, 1).abs().mean(1)
+        mutual = torch.stack(among[layer])
         result[layer] = ShiftMaps(
-            maps.contiguous(), places, fixed, among[layer], wiggle, profile, offsets
+            maps.contiguous(), places, fixed, mutual, wiggle, profile, offsets
         )
     return result
+
+
+def pairwise(
+    encoder: Encoder,
+    objects: Any,
+    layers: Sequence[str],
+    *,
+    size: int = 125,
+    canvas: int = 224,
+    stride: int = 16,
+    background: str | float | Sequence[float] | Tensor = "white",
+    pool: Pool = "mean",
+    max_gigabytes: float = 2.0,
+    batch_size: int | None = None,
+    optimise: bool = True,
+    share: bool | None = None,
+    progress: bool = False,
+) -> dict[str, Pairwise]:
+    """Cosine of the features at any two positions of a grid: every position is a reference.
+
+    The result holds 4·O·L·P² bytes for O objects, L layers and P positions, so grids must be
+    coarse: 80 objects and 5 layers at 49 positions (stride 16) make 4 MB, at 10 000 (stride 1)
+    160 GB. While one object is computed, its features (P·D numbers a layer) are held as well.
+
+    `max_gigabytes` is the largest result allowed. All else as in :func:`sweep`.
+
+    Returns:
+        For each layer its :class:`Pairwise`, on the CPU.
+
+    Raises:
+        ValueError: as :func:`sweep`; a result that would be too large, naming its size and the
+            stride that would do.
+    """
+    layers = _layers(layers)
+    places = grid(canvas, size, stride)
+    if not len(objects):
+        raise ValueError("no objects to move")
+
+    def gigabytes(positions: int) -> float:
+        return 4 * len(objects) * len(layers) * positions**2 / 1e9
+
+    count, room = len(places.positions), canvas - size
+    if gigabytes(count) > max_gigabytes:
+        fits = [
+            s for s in range(stride, room + 1) if gigabytes((room // s + 1) ** 2) <= max_gigabytes
+        ]
+        raise ValueError(
+            f"the cosines of {count} positions with one another, {len(objects)} objects and "
+            f"{len(layers)} layers, are {gigabytes(count):.3g} GB, more than {max_gigabytes:g}: "
+            + (f"a stride of {fits[0]} would do" if fits else "take fewer objects or layers")
+        )
+    cosine: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+    for found in _reduce(
+        encoder, objects, layers, places.positions, {"": functools.partial(Pairs, count=count)},
+        size=size, canvas=canvas, references=None, background=background, pool=pool,
+        batch_size=batch_size, optimise=optimise, share=share, progress=progress,
+    ):  # fmt: skip
+        for layer, values in found[""].items():
+            cosine[layer].append(values)
+    return {layer: Pairwise(torch.stack(cosine.pop(layer)), places) for layer in layers}
 
 
 def _mean_over_positions(maps: ShiftMaps, chosen: Sequence[int]) -> Tensor:

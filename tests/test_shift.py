@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from fmlib import encoders, shift
+from fmlib import encoders, probes, shift
 from fmlib.encoders import Encoder
 
 
@@ -371,6 +371,145 @@ def test_sweep_refuses():
         shift.sweep(encoder, [cutout()], ["0"], batch_size=0, **good)
     with pytest.raises(ValueError, match="span"):
         shift.sweep(encoder, [cutout()], ["0"], span=0, **good)
+
+
+# --------------------------------------------------------------------------------------- pairwise
+
+
+@pytest.mark.parametrize("name", ["tiny", "random:squeezenet1_1"])
+@pytest.mark.parametrize("pool", ["mean", "flatten"])
+def test_pairwise_holds_the_maps_of_a_sweep(name, pool):
+    """Where the five references are on the grid, their rows are the sweep's maps."""
+    if name == "tiny":
+        net = tiny(weighted(nn.Conv2d(3, 8, 3, stride=2, padding=1)), nn.ReLU())
+        encoder, layers = net, ["0", "1"]
+        options: dict[str, Any] = {"size": 9, "canvas": 32, "stride": 1}
+    else:
+        encoder = encoders.load(name)
+        layers = list(encoder.recommended[1::3])
+        options = {"size": 124, "canvas": 224, "stride": 50}  # offsets 0, 50, 100; centre 49
+    options["pool"] = pool
+    objects = [cutout(), noise(seed=1)]
+    maps = shift.sweep(encoder, objects, layers, span=2, **options)
+    pairs = shift.pairwise(encoder, objects, layers, **options)
+    for layer in layers:
+        found, expected = pairs[layer].cosine, maps[layer].cosine.flatten(2)
+        count = len(pairs[layer].grid.positions)
+        assert found.shape == (2, count, count)
+        torch.testing.assert_close(found, found.mT)
+        torch.testing.assert_close(found.diagonal(dim1=1, dim2=2), torch.ones(2, count))
+        where = {tuple(p): i for i, p in enumerate(pairs[layer].grid.positions.tolist())}
+        references = [tuple(p) for p in maps[layer].references.tolist()]
+        compared = [(r, where[p]) for r, p in enumerate(references) if p in where]
+        assert len(compared) == (5 if name == "tiny" else 4)
+        for r, row in compared:
+            assert (found[:, row].double() - expected[:, r]).abs().max() < 1e-6
+
+
+def test_pairwise_refuses_what_does_not_fit():
+    encoder = tiny(weighted(nn.Conv2d(3, 8, 3)))
+    options: dict[str, Any] = {"size": 9, "canvas": 32}
+    # 24² positions: 4·576² bytes; at stride 2 12² positions: 4·144² = 82 944
+    with pytest.raises(ValueError, match=r"0\.00133 GB.*stride of 2 would do"):
+        shift.pairwise(encoder, [noise()], ["0"], stride=1, max_gigabytes=1e-4, **options)
+    with pytest.raises(ValueError, match="fewer objects or layers"):
+        shift.pairwise(encoder, [noise()], ["0"], stride=1, max_gigabytes=1e-9, **options)
+    fits = shift.pairwise(encoder, [noise()], ["0"], stride=2, max_gigabytes=1e-4, **options)
+    assert fits["0"].cosine.shape == (1, 144, 144)
+    with pytest.raises(ValueError, match="no objects"):
+        shift.pairwise(encoder, [], ["0"], stride=2, **options)
+    with pytest.raises(ValueError, match="single position"):
+        shift.pairwise(encoder, [noise()], ["0"], stride=24, **options)
+
+
+# --------------------------------------------------------------------------------------- reducers
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.sampled_from([0.0, 1e4]))
+def test_moments_do_not_depend_on_the_batches(sizes, offset):
+    generator = torch.Generator().manual_seed(sum(sizes))
+    vectors = torch.randn(sum(sizes), 5, generator=generator) + offset
+    moments, start = shift.Moments(), 0
+    for size in sizes:
+        moments.update(torch.arange(start, start + size), vectors[start : start + size])
+        start += size
+    mean, variance = moments.result()
+    torch.testing.assert_close(mean, vectors.double().mean(0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        variance, vectors.double().var(0, correction=0), rtol=1e-9, atol=1e-12
+    )
+
+
+def test_one_pass_feeds_several_reducers():
+    encoder = tiny(weighted(nn.Conv2d(3, 8, 3, stride=2, padding=1)), nn.ReLU())
+    objects = [cutout(), noise()]
+    places = shift.grid(48, 9, 4)
+    fixed = shift.references(48, 9)
+    count, passes = len(places.positions), 0
+
+    class Count:
+        def __init__(self, references):
+            assert references.shape == (5, 8)
+            self.seen = torch.zeros(count)
+
+        def update(self, index, vectors):
+            assert vectors.shape == (len(index), 8)
+            nonlocal passes
+            passes += len(index)
+            self.seen[index] += 1
+
+        def result(self):
+            return self.seen
+
+    reducers = {
+        "cosine": lambda anchor: shift.Cosines(anchor, count=count),
+        "moments": shift.Moments,
+        "pairs": lambda _: shift.Pairs(count=count),
+        "position": lambda _: probes.StreamedRegression(places, margin=2),
+        "count": Count,
+    }
+    options: dict[str, Any] = {"size": 9, "canvas": 48}
+    found = list(
+        shift.reduce(
+            encoder, objects, ["0", "1"], places.positions, reducers, references=fixed, **options
+        )
+    )
+    assert len(found) == 2
+    assert passes == 2 * 2 * count  # objects, layers
+    maps = shift.sweep(encoder, objects, ["0", "1"], stride=4, **options)
+    features = list(probes.collect(encoder, objects, ["0", "1"], places))
+    for i, one in enumerate(found):
+        for layer in ("0", "1"):
+            assert one["count"][layer].eq(1).all()
+            torch.testing.assert_close(
+                one["cosine"][layer][0].T, maps[layer].cosine[i].flatten(1), rtol=0, atol=1e-6
+            )
+            x = features[i][layer].double()
+            mean, variance = one["moments"][layer]
+            torch.testing.assert_close(mean, x.mean(0), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(variance, x.var(0, correction=0), rtol=1e-4, atol=1e-9)
+            unit = F.normalize(x, dim=1)
+            torch.testing.assert_close(
+                one["pairs"][layer].double(), unit @ unit.T, rtol=0, atol=1e-6
+            )
+        # a linear layer, averaged, does not depend on the place, so there is nothing to probe in "0"
+        plain = probes.regress(features[i]["1"], places, margin=2)
+        assert one["position"]["1"].r2 == pytest.approx(plain.r2, abs=1e-3)
+
+
+def test_reduce_refuses():
+    encoder = tiny(weighted(nn.Conv2d(3, 8, 3)))
+    places = shift.grid(32, 9, 4).positions
+    options: dict[str, Any] = {"size": 9, "canvas": 32}
+    with pytest.raises(ValueError, match="reducer"):
+        next(shift.reduce(encoder, [noise()], ["0"], places, {}, **options))
+    with pytest.raises(ValueError, match="leaves the canvas"):
+        next(shift.reduce(encoder, [noise()], ["0"], places + 9, {"": shift.Moments}, **options))
+    with pytest.raises(ValueError, match="not come"):
+        shift.Pairs(count=3).result()
+    with pytest.raises(ValueError, match="no position"):
+        shift.Moments().result()
 
 
 # ----------------------------------------------------------------------------------------- floors
