@@ -493,8 +493,8 @@ def test_one_pass_feeds_several_reducers():
             torch.testing.assert_close(
                 one["pairs"][layer].double(), unit @ unit.T, rtol=0, atol=1e-6
             )
-        # a linear layer, averaged, does not depend on the place, so there is nothing to probe in "0"
-        plain = probes.regress(features[i]["1"], places, margin=2)
+        # not of "0": averaged, a linear layer does not depend on the place
+        plain = probes.regress(probes.standardise(features[i]["1"]), places, margin=2)
         assert one["position"]["1"].r2 == pytest.approx(plain.r2, abs=1e-3)
 
 
