@@ -12,6 +12,7 @@ import difflib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from . import extract, phases, taps
+from . import extract, phases, store, taps
 from .encoders import Encoder
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "paint",
     "pairwise",
     "prepare",
+    "read",
     "reduce",
     "references",
     "sweep",
@@ -375,10 +377,29 @@ def _prepared(objects: Any, size: int, indices: Sequence[int] | None = None) -> 
             raise ValueError(f"{name}: {error}") from error
 
 
-def _ready(encoder: Encoder, layers: Sequence[str], optimise: bool) -> Encoder:
+def _checked(
+    encoder: Encoder,
+    objects: Any,
+    layers: Sequence[str],
+    size: int,
+    canvas: int,
+    background: str | float | Sequence[float] | Tensor,
+    pool: str,
+    batch_size: int | None,
+) -> tuple[list[str], Tensor]:
+    """The layers and the canvas; whatever is wrong is said before anything is computed."""
+    layers = _layers(layers)
+    _check_pool(pool)
+    _room(canvas, size)
+    _batch_size(batch_size, encoder.device)
+    ground = paint(background, canvas)
     with taps.read(encoder, layers):  # an unknown layer is named here, with its closest
         pass
-    return extract.optimise(encoder, keep=layers) if optimise else encoder
+    if not len(objects):
+        raise ValueError("no objects to move")
+    for _ in _prepared(objects, size):
+        pass
+    return layers, ground
 
 
 def _wide(vectors: Tensor) -> Tensor:
@@ -556,10 +577,11 @@ def reduce(
     """
     if not reducers:
         raise ValueError("give at least one reducer")
-    yield from _reduce(
-        encoder, objects, layers, positions, reducers, size=size, canvas=canvas,
-        references=references, background=background, pool=pool, batch_size=batch_size,
-        optimise=optimise, share=share, progress=progress,
+    layers, ground = _checked(encoder, objects, layers, size, canvas, background, pool, batch_size)
+    return _reduce(
+        encoder, objects, layers, positions, reducers, size=size, ground=ground,
+        references=references, pool=pool, batch_size=batch_size, optimise=optimise, share=share,
+        progress=progress,
     )  # fmt: skip
 
 
@@ -571,9 +593,8 @@ def _reduce(
     reducers: Mapping[str, Make],
     *,
     size: int,
-    canvas: int,
+    ground: Tensor,
     references: Tensor | None,
-    background: str | float | Sequence[float] | Tensor,
     pool: Pool,
     batch_size: int | None,
     optimise: bool,
@@ -581,21 +602,14 @@ def _reduce(
     progress: bool,
     indices: Sequence[int] | None = None,
 ) -> Iterator[dict[str, dict[str, Any]]]:
-    """:func:`reduce` for some of the objects."""
-    layers = _layers(layers)
-    _check_pool(pool)
+    """:func:`reduce` for some of the objects, after :func:`_checked`."""
     indices = range(len(objects)) if indices is None else indices
-    if not len(objects):
-        raise ValueError("no objects to move")
-    fast = _ready(encoder, layers, optimise)
-    ground = paint(background, canvas)
-    for _ in _prepared(objects, size, indices):  # a mistake shows before the first forward pass
-        pass
+    fast = extract.optimise(encoder, keep=layers) if optimise else encoder
     if share is None:
         share = fast.device.type == "cpu"
     chain = _chain(fast, layers, positions, size, ground) if share else None
     options: dict[str, Any] = {
-        "canvas": canvas,
+        "canvas": ground.shape[-1],
         "background": ground,
         "pool": pool,
         "batch_size": batch_size,
@@ -635,6 +649,8 @@ def sweep(
     batch_size: int | None = None,
     optimise: bool = True,
     share: bool | None = None,
+    directory: str | Path | None = None,
+    part: tuple[int, int] | None = None,
     progress: bool = False,
 ) -> dict[str, ShiftMaps]:
     r"""Cosine of the features at every grid position with those at five references.
@@ -661,49 +677,178 @@ def sweep(
         share: compute the early layers once per stride phase (:mod:`phases`): the same features,
             faster where the background is one colour. By default on a CPU only, since an
             accelerator computes a position sooner than its map is put together.
+        directory: keep each object's result here as soon as it is finished, in a file that appears
+            whole or not at all. After an interrupt the same call goes on where it stopped. Several
+            processes may fill one directory, each with its own `part`; :func:`read` gives what they
+            made together.
+        part: (i, n): only the objects i, i + n, i + 2n, … of all.
         progress: show a bar over all positions of all objects.
 
     Returns:
-        For each layer its :class:`ShiftMaps`, on the CPU.
+        For each layer its :class:`ShiftMaps`, on the CPU; of the part's objects if one is given.
 
     Raises:
-        ValueError: a bad object (named), grid, background, layer or pool.
+        ValueError: a bad object (named), grid, background, layer, pool or part. Nothing is
+            computed or written then.
+        store.MismatchError: `directory` was begun with another encoder (its weights count), layers,
+            objects, grid, background or pool, naming what differs; or holds something else.
     """
-    layers = _layers(layers)
     _whole("span", span)
     places = grid(canvas, size, stride)
-    fixed = references(canvas, size)
-    offsets, scan = _scan(canvas, size, canvas if stride == 1 else span)
-    # The scan shares positions with the grid: every picture is made once.
-    unique, inverse = torch.unique(torch.cat([places.positions, scan]), dim=0, return_inverse=True)
-    cosine: dict[str, list[Tensor]] = {layer: [] for layer in layers}
-    among: dict[str, list[Tensor]] = {layer: [] for layer in layers}
-    for found in _reduce(
-        encoder, objects, layers, unique, {"": functools.partial(Cosines, count=len(unique))},
-        size=size, canvas=canvas, references=fixed, background=background, pool=pool,
-        batch_size=batch_size, optimise=optimise, share=share, progress=progress,
-    ):  # fmt: skip
+    span = canvas if stride == 1 else span
+    layers, ground = _checked(encoder, objects, layers, size, canvas, background, pool, batch_size)
+    indices = _part(part, len(objects))
+    fixed, (_, _, unique, _) = references(canvas, size), _layout(places, span)
+    run = functools.partial(
+        _reduce, encoder, objects, layers, unique,
+        {"": functools.partial(Cosines, count=len(unique))},
+        size=size, ground=ground, references=fixed, pool=pool, batch_size=batch_size,
+        optimise=optimise, share=share, progress=progress,
+    )  # fmt: skip
+    if directory is None:
+        results = [found[""] for found in run(indices=indices)]
+        return _assemble(results, layers, places, span)
+    directory = Path(directory)
+    config = {
+        "encoder": encoder.name,
+        "weight_hash": encoder.weight_hash,
+        "layers": layers,
+        "objects": store.digest([store.digest(objects[i]) for i in range(len(objects))]),
+        "count": len(objects),
+        "size": size,
+        "canvas": canvas,
+        "stride": stride,
+        "span": span,
+        "background": _colour(ground),
+        "pool": pool,
+    }
+    _begin(directory, config)
+    missing = [i for i in indices if _stored(directory, config, i) is None]
+    for i, found in zip(missing, run(indices=missing) if missing else (), strict=True):
+        tensors = {}
         for layer, (values, mutual) in found[""].items():
-            cosine[layer].append(values)
-            among[layer].append(mutual)
+            tensors |= {f"{layer}/cosine": values, f"{layer}/references": mutual}
+        store.save_tensors(directory / _shard(i), tensors, metadata={**config, "object": i})
+    return _collect(directory, config, indices)
 
-    result = {}
-    count, line = len(places.positions), len(offsets)
+
+def read(directory: str | Path) -> dict[str, ShiftMaps]:
+    """The maps of all objects that calls of :func:`sweep` left in a directory.
+
+    Raises:
+        ValueError: not such a directory, or objects are missing (their number is named).
+    """
+    directory = Path(directory)
+    if not (directory / _CONFIG).is_file():
+        raise ValueError(f"{directory} holds no maps written by shift.sweep")
+    config = store.read_json(directory / _CONFIG)
+    return _collect(directory, config, range(config["count"]))
+
+
+_CONFIG = "config.json"
+Found = dict[str, tuple[Tensor, Tensor]]
+
+
+def _shard(i: int) -> str:
+    return f"object-{i:05d}.safetensors"
+
+
+def _part(part: tuple[int, int] | None, count: int) -> range:
+    """Indices of the objects that a part holds."""
+    if part is None:
+        return range(count)
+    if len(part) != 2 or not all(isinstance(x, int) for x in part) or not 0 <= part[0] < part[1]:
+        raise ValueError(f"part is (i, n) with 0 <= i < n, not {part!r}")
+    if part[0] >= count:
+        raise ValueError(f"part {part} holds none of {count} objects")
+    return range(part[0], count, part[1])
+
+
+def _colour(ground: Tensor) -> list[float] | str:
+    """What tells a background from others: its levels, or a photograph's digest."""
+    levels = ground[:, 0, 0]
+    if bool((ground == levels[:, None, None]).all()):
+        return [round(float(level), 6) for level in levels]
+    return store.digest(ground)
+
+
+def _begin(directory: Path, config: dict[str, Any]) -> None:
+    """Start a directory, or check that it was started for the same maps."""
+    if not (directory / _CONFIG).is_file():
+        # another process may be at the same place: its temporary files begin with a dot
+        others = directory.iterdir() if directory.is_dir() else ()
+        if any(x.name != _CONFIG and not x.name.startswith(".") for x in others):
+            raise store.MismatchError(f"{directory} is not empty and was not begun by shift.sweep")
+        store.write_json(directory / _CONFIG, config)
+    found = store.read_json(directory / _CONFIG)
+    for key, value in config.items():
+        if found.get(key) != value:
+            raise store.MismatchError(
+                f"{directory} holds maps of other origin: {key} is {found.get(key)!r} there, "
+                f"{value!r} here; choose another directory or delete this one"
+            )
+
+
+def _stored(directory: Path, config: dict[str, Any], i: int) -> Found | None:
+    """One object's result, or None if it is not there in full."""
+    path = directory / _shard(i)
+    try:
+        tensors, _ = store.load_tensors(path, expect={**config, "object": i})
+    except FileNotFoundError:
+        return None
+    except store.MismatchError:
+        raise
+    except ValueError:  # cut short by a full disk
+        return None
+    return {x: (tensors[f"{x}/cosine"], tensors[f"{x}/references"]) for x in config["layers"]}
+
+
+def _collect(
+    directory: Path, config: dict[str, Any], indices: Sequence[int]
+) -> dict[str, ShiftMaps]:
+    found = [_stored(directory, config, i) for i in indices]
+    results = [one for one in found if one is not None]
+    if len(results) < len(found):
+        raise ValueError(
+            f"{directory} lacks {len(found) - len(results)} of {len(found)} objects: the same "
+            "shift.sweep continues it"
+        )
+    places = grid(config["canvas"], config["size"], config["stride"])
+    return _assemble(results, config["layers"], places, config["span"])
+
+
+def _layout(places: Grid, span: int) -> tuple[Tensor, int, Tensor, Tensor]:
+    """Of grid and scan: offsets (L,), grid's share, unique positions, where each of all is in them.
+
+    They share positions, and every picture is made once.
+    """
+    offsets, scan = _scan(places.canvas, places.size, span)
+    both = torch.cat([places.positions, scan])
+    unique, inverse = torch.unique(both, dim=0, return_inverse=True)
+    return offsets, len(places.positions), unique, inverse
+
+
+def _assemble(
+    results: Sequence[Found], layers: Sequence[str], places: Grid, span: int
+) -> dict[str, ShiftMaps]:
+    offsets, count, _, inverse = _layout(places, span)
+    fixed = references(places.canvas, places.size)
+    maps_of = {}
     for layer in layers:
-        values = torch.stack(cosine.pop(layer))[:, inverse]
+        values = torch.stack([found[layer][0] for found in results])[:, inverse]
         maps = values[:, :count].transpose(1, 2).reshape(-1, 5, *places.shape)
-        profile = values[:, count:, _CENTRE].reshape(-1, 2, line)
-        if stride == 1:
+        profile = values[:, count:, _CENTRE].reshape(-1, 2, len(offsets))
+        if places.stride == 1:
             centre = maps[:, _CENTRE]
             steps = [centre.diff(dim=1).flatten(1), centre.diff(dim=2).flatten(1)]
         else:
             steps = [profile.diff(dim=2).flatten(1)]
         wiggle = torch.cat(steps, 1).abs().mean(1)
-        mutual = torch.stack(among[layer])
-        result[layer] = ShiftMaps(
-            maps.contiguous(), places, fixed, mutual, wiggle, profile, offsets
+        among = torch.stack([found[layer][1] for found in results])
+        maps_of[layer] = ShiftMaps(
+            maps.contiguous(), places, fixed, among, wiggle, profile, offsets
         )
-    return result
+    return maps_of
 
 
 def pairwise(
@@ -737,10 +882,8 @@ def pairwise(
         ValueError: as :func:`sweep`; a result that would be too large, naming its size and the
             stride that would do.
     """
-    layers = _layers(layers)
     places = grid(canvas, size, stride)
-    if not len(objects):
-        raise ValueError("no objects to move")
+    layers, ground = _checked(encoder, objects, layers, size, canvas, background, pool, batch_size)
 
     def gigabytes(positions: int) -> float:
         return 4 * len(objects) * len(layers) * positions**2 / 1e9
@@ -758,8 +901,8 @@ def pairwise(
     cosine: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     for found in _reduce(
         encoder, objects, layers, places.positions, {"": functools.partial(Pairs, count=count)},
-        size=size, canvas=canvas, references=None, background=background, pool=pool,
-        batch_size=batch_size, optimise=optimise, share=share, progress=progress,
+        size=size, ground=ground, references=None, pool=pool, batch_size=batch_size,
+        optimise=optimise, share=share, progress=progress,
     ):  # fmt: skip
         for layer, values in found[""].items():
             cosine[layer].append(values)
@@ -805,12 +948,8 @@ def floors(
 
     Arguments and errors as :func:`sweep`.
     """
-    layers = _layers(layers)
-    _check_pool(pool)
-    if not len(objects):
-        raise ValueError("no objects to compare")
-    fast = _ready(encoder, layers, optimise)
-    ground = paint(background, canvas)
+    layers, ground = _checked(encoder, objects, layers, size, canvas, background, pool, batch_size)
+    fast = extract.optimise(encoder, keep=layers) if optimise else encoder
     centre = references(canvas, size)[_CENTRE:][:1]
     parts: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     for obj in _prepared(objects, size):

@@ -1,5 +1,8 @@
 """Sweeps: composition against PIL, cosines against a plain loop, nets whose answer is known."""
 
+import dataclasses
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from fmlib import encoders, probes, shift
+from fmlib import encoders, probes, shift, store
 from fmlib.encoders import Encoder
 
 
@@ -373,6 +376,147 @@ def test_sweep_refuses():
         shift.sweep(encoder, [cutout()], ["0"], span=0, **good)
 
 
+# ------------------------------------------------------------------------------ shards, bad input
+
+SMALL: dict[str, Any] = {"size": 9, "canvas": 32, "stride": 6, "span": 4}
+
+
+def strided(seed=0):
+    return tiny(weighted(nn.Conv2d(3, 8, 3, stride=2, padding=1), seed=seed), nn.ReLU())
+
+
+def same(a, b):
+    """Whether two results of a sweep are equal to the last bit."""
+    assert list(a) == list(b)
+    for layer in a:
+        for field in dataclasses.fields(shift.ShiftMaps):
+            x, y = getattr(a[layer], field.name), getattr(b[layer], field.name)
+            assert x.offsets == y.offsets if field.name == "grid" else torch.equal(x, y)
+    return True
+
+
+@settings(max_examples=12, deadline=None)
+@given(count=st.integers(1, 5), parts=st.integers(1, 5), stride=st.sampled_from([1, 6]))
+def test_parts_make_one_run(count, parts, stride):
+    parts = min(count, parts)
+    objects = [cutout(seed=i) for i in range(count)]
+    options = {**SMALL, "stride": stride}
+    whole = shift.sweep(strided(), objects, ["0", "1"], **options)
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder) / "maps"
+        for i in reversed(range(parts)):
+            mine = shift.sweep(
+                strided(), objects, ["0", "1"], directory=directory, part=(i, parts), **options
+            )
+            assert torch.equal(mine["1"].cosine, whole["1"].cosine[i::parts])
+        assert same(shift.read(directory), whole)
+        before = {x: x.stat().st_mtime_ns for x in directory.iterdir()}
+        again = shift.sweep(strided(), objects, ["0", "1"], directory=directory, **options)
+        assert same(again, whole)
+        assert before == {x: x.stat().st_mtime_ns for x in directory.iterdir()}
+
+
+def test_part_without_a_directory():
+    objects = [cutout(seed=i) for i in range(3)]
+    whole = shift.sweep(strided(), objects, ["1"], **SMALL)["1"]
+    part = shift.sweep(strided(), objects, ["1"], part=(1, 2), **SMALL)["1"]
+    assert torch.equal(part.cosine, whole.cosine[1:2])
+    for bad in [(0, 0), (2, 2), (-1, 2), (0.0, 2), (3, 4), (1,)]:
+        with pytest.raises(ValueError, match="part"):
+            shift.sweep(strided(), objects, ["1"], part=bad, **SMALL)
+
+
+def test_goes_on_after_an_interrupt(tmp_path, monkeypatch):
+    objects = [cutout(seed=i) for i in range(4)]
+    directory = tmp_path / "maps"
+    plain, begun = shift.features, []
+
+    def counting(encoder, obj, positions, layers, **options):
+        if len(positions) > 5:  # not the references
+            begun.append(obj)
+            if len(begun) == 3:
+                raise KeyboardInterrupt
+        return plain(encoder, obj, positions, layers, **options)
+
+    monkeypatch.setattr(shift, "features", counting)
+    with pytest.raises(KeyboardInterrupt):
+        shift.sweep(strided(), objects, ["1"], directory=directory, **SMALL)
+    names = [f"object-{i:05d}.safetensors" for i in range(4)]
+    assert sorted(x.name for x in directory.iterdir()) == ["config.json", *names[:2]]
+    with pytest.raises(ValueError, match="lacks 2 of 4 objects"):
+        shift.read(directory)
+    # a file that a full disk cut short counts as missing
+    (directory / names[1]).write_bytes((directory / names[1]).read_bytes()[:100])
+    found = shift.sweep(strided(), objects, ["1"], directory=directory, **SMALL)
+    assert len(begun) == 3 + 3
+    monkeypatch.undo()
+    assert same(found, shift.sweep(strided(), objects, ["1"], **SMALL))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"encoder": strided(seed=1)}, "weight_hash"),
+        ({"layers": ["0"]}, "layers"),
+        ({"objects": [cutout(), cutout(seed=2)]}, "objects"),
+        ({"objects": [cutout()]}, "count|objects"),
+        ({"size": 8}, "size"),
+        ({"canvas": 33}, "canvas"),
+        ({"stride": 7}, "stride"),
+        ({"span": 5}, "span"),
+        ({"background": "grey"}, "background"),
+        ({"background": torch.rand(3, 32, 32)}, "background"),
+        ({"pool": "flatten"}, "pool"),
+    ],
+)
+def test_other_maps_are_refused(tmp_path, change, words):
+    base = {"encoder": strided(), "objects": [cutout(), noise()], "layers": ["1"], **SMALL}
+    shift.sweep(**base, directory=tmp_path / "maps")
+    before = sorted((x.name, x.stat().st_mtime_ns) for x in (tmp_path / "maps").iterdir())
+    with pytest.raises(store.MismatchError, match=words):
+        shift.sweep(**{**base, **change}, directory=tmp_path / "maps")
+    assert sorted((x.name, x.stat().st_mtime_ns) for x in (tmp_path / "maps").iterdir()) == before
+    # "white" by another name, and options that do not change the result
+    shift.sweep(**base, directory=tmp_path / "maps", background=1.0, share=False, batch_size=3)
+
+
+def test_foreign_directories_are_refused(tmp_path):
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(store.MismatchError, match="not empty"):
+        shift.sweep(strided(), [cutout()], ["1"], directory=tmp_path, **SMALL)
+    assert [x.name for x in tmp_path.iterdir()] == ["letter.txt"]
+    with pytest.raises(ValueError, match="no maps"):
+        shift.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"objects": [cutout(), torch.rand(3, 9, 9)]}, "object 1: .*alpha channel"),
+        ({"objects": [cutout() * torch.tensor([1, 1, 1, 0])[:, None, None]]}, "mask is empty"),
+        ({"objects": []}, "no objects"),
+        ({"size": 33}, "33 px does not fit on a canvas of 32 px"),
+        ({"size": 32}, "single position"),
+        ({"stride": 24}, "single position: stride must be at most 23"),
+        ({"stride": 0}, "stride must be a whole number of pixels, at least 1, not 0"),
+        ({"layers": ["1", "conv"]}, "'conv'"),
+        ({"layers": []}, "at least one layer"),
+        ({"background": "wite"}, "did you mean.*white"),
+        ({"pool": "max"}, "pool"),
+        ({"span": 0}, "span"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"part": (2, 2)}, "part"),
+    ],
+)
+def test_bad_input_leaves_no_trace(tmp_path, monkeypatch, change, words):
+    """A clear message, no picture computed, nothing written."""
+    monkeypatch.setattr(shift, "features", lambda *a, **o: pytest.fail("something was computed"))
+    options = {"encoder": strided(), "objects": [cutout()], "layers": ["1"], **SMALL, **change}
+    with pytest.raises(ValueError, match=words):
+        shift.sweep(**options, directory=tmp_path / "deep" / "maps")
+    assert list(tmp_path.iterdir()) == []
+
+
 # --------------------------------------------------------------------------------------- pairwise
 
 
@@ -503,7 +647,9 @@ def test_reduce_refuses():
     places = shift.grid(32, 9, 4).positions
     options: dict[str, Any] = {"size": 9, "canvas": 32}
     with pytest.raises(ValueError, match="reducer"):
-        next(shift.reduce(encoder, [noise()], ["0"], places, {}, **options))
+        shift.reduce(encoder, [noise()], ["0"], places, {}, **options)
+    with pytest.raises(ValueError, match="'00'"):  # at once, not when the first is asked for
+        shift.reduce(encoder, [noise()], ["00"], places, {"": shift.Moments}, **options)
     with pytest.raises(ValueError, match="leaves the canvas"):
         next(shift.reduce(encoder, [noise()], ["0"], places + 9, {"": shift.Moments}, **options))
     with pytest.raises(ValueError, match="not come"):
