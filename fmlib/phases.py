@@ -15,9 +15,12 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from . import taps
 from .encoders import Encoder
@@ -26,6 +29,9 @@ from .encoders import Encoder
 _MEMORY_COST = 20
 #: Windows kept for each layer of the chain.
 _CACHE_BYTES = 256 * 2**20
+#: Largest difference of a shared map from the plain one, in units of the map's largest value.
+_TOLERANCE = 1e-4
+_BORDER = (nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d)
 
 
 Place = tuple[int, int]
@@ -110,6 +116,75 @@ def _work(encoder: Encoder, canvas: int) -> list[tuple[int, float]]:
     return table
 
 
+class _Watch(TorchFunctionMode):
+    """Notes operations that carry pixels to units beyond their receptive field."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: str | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.pad and len(args) > 1:
+            mode = kwargs.get("mode", args[2] if len(args) > 2 else "constant")
+            if mode != "constant":
+                self.found = f"padding by {mode}"
+        elif func in (torch.roll, Tensor.roll):
+            self.found = "torch.roll"
+        return func(*args, **kwargs)
+
+
+def obstacle(encoder: Encoder, *, canvas: int) -> str | None:
+    """What in the network forbids to share anything, in words; None if nothing is known to.
+
+    Padding by reflection, repetition or wrapping shows an object to units that, away from the
+    border, would not see it; rolling does too. (Padding by a constant of any value does not: a unit
+    that sees it is near the border, where nothing is shared.) What such a list cannot know,
+    features that depend on the place or on the whole picture's values, :func:`plan` finds by
+    comparing maps.
+    """
+    for name, module in encoder.net.named_modules():
+        mode = getattr(module, "padding_mode", "zeros")
+        if mode != "zeros":
+            return f"layer {name!r} pads by {mode}"
+        if isinstance(module, _BORDER):
+            return f"layer {name!r} is a {type(module).__name__}"
+    picture = torch.full((1, encoder.mean.shape[0], canvas, canvas), 0.5, device=encoder.device)
+    with torch.no_grad(), _Watch() as watch:
+        encoder(picture)
+    return watch.found
+
+
+def _holds(encoder: Encoder, stages: Sequence[Stage], size: tuple[int, int], canvas: int) -> bool:
+    """Whether the chain's last map is the plain one, for noise at telling positions."""
+    last, cut = stages[-1], stages[-1].layer
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(encoder.mean.shape[0], *size, generator=generator).to(encoder.device)
+    empty = torch.full((1, len(noise), canvas, canvas), 0.5, device=encoder.device)
+
+    def paint(positions: Tensor) -> Tensor:
+        pictures = empty.repeat(len(positions), 1, 1, 1)
+        for picture, (y, x) in zip(pictures, positions.tolist(), strict=True):
+            picture[:, y : y + size[0], x : x + size[1]] = noise
+        return pictures
+
+    def line(axis: Axis) -> list[int]:
+        """Both ends, and inner positions that are served by another one's window, if any."""
+        table = axis.canonical()
+        served = [x for x, y in enumerate(table) if x != y] or [len(table) // 2]
+        return [0, served[0], served[len(served) // 2], served[-1], len(table) - 1]
+
+    rows, columns = line(last.rows), line(last.columns)
+    # The first of a phase comes before those that it serves, as in a sweep.
+    places = torch.tensor(
+        [*zip(rows, columns, strict=True), *zip(rows, columns[::-1], strict=True)]
+    )
+    chain = Chain(encoder, [], stages, empty=empty)
+    found = chain.sweep(paint, batch_size=4).maps(places)
+    expected = taps.features(encoder, paint(places), [cut], batch_size=4)[cut]
+    return float((found - expected).abs().max()) <= _TOLERANCE * float(expected.abs().max())
+
+
 def plan(
     encoder: Encoder,
     layers: Sequence[str],
@@ -122,11 +197,10 @@ def plan(
 
     ``size`` is the object's (height, width) in pixels. Candidates are the feature maps before the
     first of ``layers`` that separate the network (:func:`taps.tail`) and whose receptive field is
-    smaller than the canvas.
+    smaller than the canvas. The chain is empty, and nothing shared, where the network forbids it
+    (:func:`obstacle`), or where the maps of a noise object are found to differ from the plain ones.
     """
-    # Other padding than zeros shows an object to units beyond its window: nothing is shared then.
-    modes = {getattr(module, "padding_mode", "zeros") for module in encoder.net.modules()}
-    if modes != {"zeros"}:
+    if obstacle(encoder, canvas=canvas) is not None:
         return []
     known = taps.trace(encoder, size=canvas)
     first = min(known[name].order for name in taps._names(encoder, layers))
@@ -182,7 +256,8 @@ def plan(
     while at is not None:
         chain.append(stages[at])
         at = best[at][1]
-    return chain[::-1]
+    chain.reverse()
+    return chain if chain and _holds(encoder, chain, size, canvas) else []
 
 
 class Chain:
@@ -198,7 +273,10 @@ class Chain:
         self.stages = tuple(stages)
         cuts = [stage.layer for stage in stages]
         self.segments: list[Segment] = []
-        for start, to in zip([None, *cuts], [*([cut] for cut in cuts), list(layers)], strict=True):
+        wanted = [*([cut] for cut in cuts), list(layers)]
+        for start, to in zip([None, *cuts], wanted, strict=True):
+            if not to:
+                continue
             if start is None:
                 self.segments.append(functools.partial(taps.features, encoder, layers=to))
             else:
@@ -226,6 +304,11 @@ class Sweep:
         """The layers' maps (B, C, H, W) at ``positions`` (B, 2): whole numbers (y, x)."""
         places = [(int(y), int(x)) for y, x in positions.tolist()]
         return self._chain.segments[-1](self._maps(len(self._windows), places))
+
+    @torch.no_grad()
+    def maps(self, positions: Tensor) -> Tensor:
+        """The last stage's maps alone (B, C, H, W)."""
+        return self._maps(len(self._windows), [(int(y), int(x)) for y, x in positions.tolist()])
 
     def _maps(self, depth: int, places: Sequence[Place]) -> Tensor:
         """Maps of stage ``depth - 1``, or the pictures at depth 0: (B, C, H, W)."""

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fmlib import encoders, phases, shift, taps
@@ -89,6 +90,110 @@ def test_nothing_is_shared_where_every_unit_sees_everything():
     stages = phases.plan(encoder, [deepest], positions, size=(125, 125), canvas=224)
     # The patch embedding sees one patch a unit, so at most that may be shared.
     assert all(stage.layer.startswith("patch_embed") for stage in stages)
+
+
+class Roll(nn.Module):
+    def forward(self, x):
+        return torch.roll(x, 3, -1)
+
+
+class Functional(nn.Module):
+    """Pads in its forward, where no module shows it."""
+
+    def __init__(self, mode, value=0.0):
+        super().__init__()
+        self.mode, self.value = mode, value
+
+    def forward(self, x):
+        return F.pad(x, (2, 2, 2, 2), self.mode, self.value)
+
+
+class Place(nn.Module):
+    """Adds to each unit a number of its own, as a position embedding does."""
+
+    def forward(self, x):
+        ramp = torch.linspace(0, 1, x.shape[-1])
+        return x + ramp * ramp[:, None]
+
+
+class Strongest(nn.Module):
+    """Keeps the polyphase component of most energy: no gradient shows what that depends on."""
+
+    def forward(self, x):
+        parts = torch.stack([x[..., i::2, j::2] for i in (0, 1) for j in (0, 1)], 1)
+        best = parts.square().sum((2, 3, 4)).argmax(1)
+        return parts[torch.arange(len(x)), best]
+
+
+def padded(pad, *, margin=2):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 3, stride=2, padding=1),
+        nn.ReLU(),
+        pad,
+        nn.Conv2d(6, 8, 1 + 2 * margin),
+        nn.ReLU(),
+        nn.Conv2d(8, 4, 3),
+    )
+    return Encoder(net, name="padded", input_size=96)
+
+
+@pytest.mark.parametrize(
+    ("pad", "words"),
+    [
+        (nn.ReflectionPad2d(2), "'2' is a ReflectionPad2d"),
+        (nn.ReplicationPad2d(2), "'2' is a ReplicationPad2d"),
+        (nn.CircularPad2d(2), "'2' is a CircularPad2d"),
+        (nn.Conv2d(6, 6, 3, padding=1, padding_mode="circular"), "'2' pads by circular"),
+        (nn.Conv2d(6, 6, 3, padding=1, padding_mode="reflect"), "'2' pads by reflect"),
+        (Functional("circular"), "padding by circular"),
+        (Functional("reflect"), "padding by reflect"),
+        (Functional("replicate"), "padding by replicate"),
+        (Roll(), "roll"),
+        (Place(), None),
+        (Strongest(), None),
+    ],
+)
+def test_nothing_is_shared_where_it_would_not_be_exact(pad, words, monkeypatch):
+    encoder = padded(pad)
+    positions = shift.grid(96, 40, 1).positions
+    found = phases.obstacle(encoder, canvas=96)
+    assert found is None if words is None else words in str(found)
+    arguments = (encoder, ["5"], positions)
+    options = {"size": (40, 40), "canvas": 96}
+    assert phases.plan(*arguments, **options) == []
+    # it is not that there was nothing to share
+    monkeypatch.setattr(phases, "obstacle", lambda *a, **o: None)
+    monkeypatch.setattr(phases, "_holds", lambda *a: True)
+    assert phases.plan(*arguments, **options)
+
+
+@pytest.mark.parametrize("mode", ["circular", "reflect", "none"])
+def test_the_comparison_alone_would_find_most(mode, cutout):
+    """The second lock: with the list of obstacles gone, a wrong chain is still refused."""
+    pad = {"circular": nn.CircularPad2d(2), "reflect": nn.ReflectionPad2d((12, 0, 12, 0))}.get(mode)
+    encoder = padded(pad or nn.ZeroPad2d(2))
+    positions = shift.grid(96, 40, 1).positions
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(phases, "obstacle", lambda *a, **o: None)
+        found = phases.plan(encoder, ["5"], positions, size=(40, 40), canvas=96)
+    assert bool(found) == (mode == "none")
+
+
+@pytest.mark.parametrize(
+    "pad", [nn.ConstantPad2d(2, 0.7), nn.ZeroPad2d(2), Functional("constant", -3.0)]
+)
+def test_padding_by_any_constant_is_exact(pad, cutout):
+    encoder = padded(pad)
+    assert phases.obstacle(encoder, canvas=96) is None
+    positions = shift.grid(96, 40, 1).positions
+    generator = torch.Generator().manual_seed(0)
+    edge = (positions.amin(1) < 12) | (positions.amax(1) > 44)
+    positions = positions[torch.randperm(len(positions), generator=generator)]
+    positions = torch.cat([positions[:200], shift.grid(96, 40, 1).positions[edge][::9]])
+    stages, short, plain = both_ways(encoder, ["5"], cutout, positions, 96)
+    assert stages
+    torch.testing.assert_close(short["5"], plain["5"], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["efficientnet_lite0", "squeezenet1_1"])
