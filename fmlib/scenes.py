@@ -214,35 +214,50 @@ def translate(x: Tensor, by: tuple[float, float], *, ends: Ends = "circular") ->
     return x
 
 
-def soften(obj: Tensor, sigma: float = 0.7) -> Tensor:
-    """A cut-out (4, h, w) with its finest detail removed by a Gaussian: it rings less when moved.
+def soften(picture: Tensor, sigma: float = 0.7) -> Tensor:
+    """A cut-out or photograph with its finest detail removed by a Gaussian: it rings less.
 
-    At half a cycle per pixel the default leaves a tenth of the amplitude. The object grows by
-    3·sigma px (rounded up) on each side.
+    At half a cycle per pixel the default leaves a tenth of the amplitude. Pictures that are to be
+    moved by fractions need it: band-limited interpolation turns what a camera's sharpening put at
+    the highest frequencies into ripples, which networks see at fractions only.
 
     Args:
-        obj: RGBA with straight alpha, float in [0, 1].
+        picture: RGBA cut-out (4, h, w) with straight alpha, or photograph (3, h, w); float in
+            [0, 1].
         sigma: standard deviation of the Gaussian, px; 0 changes nothing.
 
     Returns:
-        (4, h + 2r, w + 2r), straight alpha, with r = ceil(3·sigma).
+        A photograph of the same size, its ends mirrored; or a cut-out (4, h + 2r, w + 2r) with
+        straight alpha and r = ceil(3·sigma), for what runs over its edge.
 
     Raises:
-        ValueError: a bad object, or sigma negative or not finite.
+        ValueError: a bad cut-out or photograph, or sigma negative or not finite.
     """
-    _cutout(obj, max(obj.shape[-2:]) if isinstance(obj, Tensor) and obj.ndim == 3 else 1)
+    cutout = isinstance(picture, Tensor) and picture.ndim == 3 and picture.shape[0] == 4
+    if cutout:
+        _cutout(picture, max(picture.shape[-2:]))
+    else:
+        _photo(picture, "a picture without alpha")
     if not (math.isfinite(sigma) and sigma >= 0):
         raise ValueError(f"sigma must be a finite number of pixels, at least 0, not {sigma!r}")
+    picture = picture.float()
     reach = math.ceil(3 * sigma)
     if not reach:
-        return obj.float()
-    place = torch.arange(-reach, reach + 1, dtype=torch.float32, device=obj.device)
+        return picture
+    place = torch.arange(-reach, reach + 1, dtype=torch.float32, device=picture.device)
     kernel = torch.exp(-0.5 * (place / sigma) ** 2)
     kernel = kernel / kernel.sum()
-    alpha = obj[3:].float()
-    layers = F.pad(torch.cat([obj[:3].float() * alpha, alpha]), (2 * reach,) * 4)[:, None]
-    layers = F.conv2d(F.conv2d(layers, kernel[None, None, :, None]), kernel[None, None, None])
-    layers = layers[:, 0].clamp(0, 1)
+    layers = picture
+    if cutout:
+        layers = F.pad(torch.cat([picture[:3] * picture[3:], picture[3:]]), (2 * reach,) * 4)
+    else:
+        for axis in (-2, -1):  # half-sample symmetric, as `translate` has it
+            ends = layers.narrow(axis, 0, reach), layers.narrow(axis, -reach, reach)
+            layers = torch.cat([ends[0].flip(axis), layers, ends[1].flip(axis)], axis)
+    layers = F.conv2d(layers[:, None], kernel[None, None, :, None])
+    layers = F.conv2d(layers, kernel[None, None, None])[:, 0].clamp(0, 1)
+    if not cutout:
+        return layers
     alpha = layers[3:]
     colour = torch.where(alpha > 0, layers[:3] / alpha.clamp_min(1e-12), 0.0).clamp(0, 1)
     return torch.cat([colour, alpha])
@@ -727,7 +742,7 @@ def by_displacement(
     return found, total / torch.bincount(which, minlength=len(found))
 
 
-def recovery(change: Tensor, distances: Any, stride: int) -> Tensor:
+def recovery(change: Tensor, distances: Any, stride: int, *, relative: bool = False) -> Tensor:
     r"""How special multiples of the stride are: the change that is undone there.
 
     :math:`\langle \tfrac12 (c_{(m-1/2)s} + c_{(m+1/2)s}) - c_{ms} \rangle_m` over the multiples
@@ -739,9 +754,11 @@ def recovery(change: Tensor, distances: Any, stride: int) -> Tensor:
         change: (..., K), e.g. one minus a cosine, at K distances.
         distances: (K,) px, without sign.
         stride: px.
+        relative: as a share of the mean change at the neighbours: 1 if the change is undone
+            wholly, 0 where there is none.
 
     Returns:
-        (...) in units of `change`.
+        (...) in units of `change`, or a share.
 
     Raises:
         ValueError: a bad stride, shapes that do not fit, or no multiple that can be judged.
@@ -751,15 +768,20 @@ def recovery(change: Tensor, distances: Any, stride: int) -> Tensor:
     if change.shape[-1] != len(away):
         raise ValueError(f"changes at {change.shape[-1]} distances, of which {len(away)} are given")
     place = {round(float(distance), 6): i for i, distance in enumerate(away)}
-    parts = []
+    parts, beside = [], []
     for m in range(1, int(away.max() / stride) + 1):
         spots = [place.get(round(m * stride + side, 6)) for side in (-stride / 2, 0, stride / 2)]
         if None not in spots:
             low, mid, high = (change[..., spot] for spot in spots)
-            parts.append((low + high) / 2 - mid)
+            beside.append((low + high) / 2)
+            parts.append(beside[-1] - mid)
     if not parts:
         raise ValueError(
             f"no multiple of {stride} px has neighbours {stride / 2:g} px away on both sides among "
             f"the distances"
         )
-    return torch.stack(parts, -1).mean(-1)
+    undone = torch.stack(parts, -1).mean(-1)
+    if not relative:
+        return undone
+    size = torch.stack(beside, -1).mean(-1)
+    return torch.where(size > 0, undone / torch.where(size > 0, size, 1.0), 0.0)

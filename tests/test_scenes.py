@@ -216,10 +216,15 @@ def test_soften_is_a_gaussian_and_keeps_the_mass():
     np.testing.assert_allclose((soft[:3] * soft[3:]).numpy(), expected, atol=1e-6)
     assert float(soft[3].sum()) == pytest.approx(float(obj[3].sum()), rel=1e-5)
     assert torch.equal(scenes.soften(obj, 0), obj)
+    photo = noise(3, 20, 25)
+    expected = scipy.ndimage.gaussian_filter(photo.numpy(), (0, 0.7, 0.7), mode="reflect", radius=3)
+    np.testing.assert_allclose(scenes.soften(photo).numpy(), expected, atol=1e-6)
     with pytest.raises(ValueError, match="sigma"):
         scenes.soften(obj, -1.0)
     with pytest.raises(ValueError, match="alpha"):
-        scenes.soften(obj[:3])
+        scenes.soften(obj[:2])
+    with pytest.raises(ValueError, match="mask is empty"):
+        scenes.soften(obj * 0)
 
 
 # ----------------------------------------------------------------------------------- crop, circular
@@ -541,6 +546,8 @@ def test_recovery_of_known_curves():
     assert found[2] == pytest.approx(1)
     assert found[3] == pytest.approx(1)
     assert scenes.recovery(ripple, away, 4) == pytest.approx((3 - 4) / 7 / 2)  # 4 troughs, 3 tops
+    share = scenes.recovery(torch.stack([away, ripple, ripple * 0]), away, 8, relative=True)
+    assert share.tolist() == pytest.approx([0, 1, 0])  # the neighbours of 8 are 4 and 12
     # fractions are used where the stride is odd
     halves = torch.tensor([0, 0.5, 1, 1.5])
     assert scenes.recovery(torch.tensor([0.0, 1, 0, 1]), halves, 1) == pytest.approx(1)
