@@ -8,15 +8,20 @@ Each operation returns a changed copy of the encoder; layers keep their names an
   circular shifts, even untrained.
 * :func:`reestimate_batch_norm`: fit the running statistics to the changed activations.
 * :func:`distil`: train the changed copy to agree with the original on unlabelled images.
+* :func:`twin`: such a copy, trained for this project; :func:`save_twin` and :func:`load_twin` keep
+  others, as the differences from the original.
 """
 
 from __future__ import annotations
 
 import copy
+import difflib
+import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +30,10 @@ from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from . import images as image_sets
 from . import store, taps
 from .encoders import Encoder
+from .encoders import load as load_encoder
 from .images import ImageSet
 
 #: How often the box filter of the stride's length is convolved with itself. For stride 2 this gives
@@ -103,13 +110,20 @@ class Subsampler(nn.Module):
             points -= 1
         return points, pad
 
-    def _apply(self, x: Tensor) -> Tensor:
+    def _stride_one(self, x: Tensor) -> Tensor:
         """The operation with stride 1 on an already padded input."""
         layer = self.layer
         if isinstance(layer, nn.Conv2d):
             return F.conv2d(x, layer.weight, layer.bias, 1, 0, self.dilation, layer.groups)
         if isinstance(layer, nn.MaxPool2d):
-            return F.max_pool2d(x, self.kernel_size, 1, 0, self.dilation)
+            if torch.is_grad_enabled() and x.requires_grad:
+                return F.max_pool2d(x, self.kernel_size, 1, 0, self.dilation)
+            # Row by row, then column by column: the same, and far faster on a CPU at stride 1.
+            for axis, dim in ((0, 2), (1, 3)):
+                room = x.shape[dim] - self._span(axis) + 1
+                starts = range(0, self._span(axis), self.dilation[axis])
+                x = functools.reduce(torch.maximum, [x.narrow(dim, at, room) for at in starts])
+            return x
         return F.avg_pool2d(x, self.kernel_size, 1, 0)
 
     def dense(self, x: Tensor) -> Tensor:
@@ -121,7 +135,7 @@ class Subsampler(nn.Module):
             points, left = self._points(size, axis)
             right = (points - 1) * self.stride[axis] + self._span(axis) - left - size
             pads += [left, right]
-        return self._apply(F.pad(x, pads, value=value))
+        return self._stride_one(F.pad(x, pads, value=value))
 
     def dense_circular(self, x: Tensor) -> Tensor:
         """Dense output on the torus: the same size as ``x``."""
@@ -129,7 +143,7 @@ class Subsampler(nn.Module):
         for axis in (1, 0):
             _, left = self._points(x.shape[2 + axis], axis)
             pads += [left, self._span(axis) - 1 - left]
-        return self._apply(F.pad(x, pads, mode="circular"))
+        return self._stride_one(F.pad(x, pads, mode="circular"))
 
 
 class BlurPool(Subsampler):
@@ -232,6 +246,7 @@ def _replace(net: nn.Module, name: str, module: nn.Module) -> None:
 
 def _operated(encoder: Encoder, prefix: str) -> Encoder:
     changed = copy.deepcopy(encoder)
+    changed._cache = {}  # of other modules
     changed.name = f"{prefix}:{encoder.name}"
     changed.weight_hash = store.digest([prefix, encoder.weight_hash])
     return changed
@@ -268,7 +283,8 @@ def polyphase(encoder: Encoder) -> Encoder:
 
     With a global pooling at its end such a network gives the same output for every circular shift
     of its input by whole pixels, whatever its weights. Image sides must be multiples of the total
-    stride. Shifts by fractions of a pixel are not covered.
+    stride: the copy's `input_size` is the nearest one below. Shifts by fractions of a pixel are not
+    covered.
 
     Raises ``ValueError`` for token encoders, whose position embedding breaks the circle.
     """
@@ -285,7 +301,22 @@ def polyphase(encoder: Encoder) -> Encoder:
         if spatial or strides:
             _replace(changed.net, name, PolyphaseSampler(module, name, phases=phases))
     changed.net.register_forward_pre_hook(phases.reset)
+    changed.input_size = _divisible(changed)
     return changed
+
+
+@torch.no_grad()
+def _divisible(encoder: Encoder) -> int:
+    """The largest image size up to the encoder's own that every polyphase sampling divides."""
+    reason: ValueError | None = None
+    for size in range(encoder.input_size, max(encoder.input_size - 64, 0), -1):
+        try:
+            encoder(torch.zeros(1, len(encoder.mean), size, size, device=encoder.device))
+        except ValueError as error:
+            reason = error
+            continue
+        return size
+    raise ValueError(f"{encoder.name} takes no image size near {encoder.input_size}") from reason
 
 
 @torch.no_grad()
@@ -325,10 +356,12 @@ class Distillation:
     steps: int = 2000
     batch_size: int = 16
     size: int = 224  #: side of the crops in pixels
+    scale: tuple[float, float] = (0.5, 1.0)  #: their side before resizing, over the shorter side
     learning_rate: float = 3e-4  #: of Adam, brought to zero along a half cosine
     feature_weight: float = 1.0
     temperature: float = 2.0
     seed: int = 0
+    frozen: tuple[str, ...] = ()  #: modules whose parameters stay the teacher's, as a classifier
     save_every: int = 100  #: steps between checkpoints
 
 
@@ -356,7 +389,7 @@ def distil(
     Returns the loss of every step.
 
     Raises:
-        ValueError: no images, or a layer that either network lacks.
+        ValueError: no images, or a layer or frozen module that a network lacks.
         store.MismatchError: the checkpoint belongs to other settings, networks or images.
         DivergedError: the loss is not finite.
     """
@@ -369,8 +402,13 @@ def distil(
         "teacher": teacher.weight_hash,
         "images": images.hash,
     }
-    student.net.requires_grad_(True)
-    parameters = dict(student.net.named_parameters())
+    for network in (student, teacher):
+        if config.layers:
+            with taps.read(network, config.layers):  # an unknown one is named, with its closest
+                pass
+    parameters = _trainable(student, config.frozen)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
     optimiser = torch.optim.Adam(parameters.values(), lr=config.learning_rate)
     history: list[float] = []
     path = Path(checkpoint) if checkpoint is not None else None
@@ -380,9 +418,8 @@ def distil(
         steps = range(len(history), config.steps)
         for step in tqdm(steps, initial=len(history), total=config.steps, disable=not progress):
             batch = _crops(images, config, step).to(device)
-            with torch.no_grad(), taps.read(teacher, config.layers) as read:
-                target = read(batch)
-                target["logits"] = teacher(batch)
+            with torch.no_grad():
+                target = _outputs(teacher, batch, config.layers)
             loss = _loss(_outputs(student, batch, config.layers), target, config)
             value = loss.item()
             if not math.isfinite(value):
@@ -401,10 +438,26 @@ def distil(
     return history
 
 
+def _trainable(student: Encoder, frozen: Sequence[str]) -> dict[str, nn.Parameter]:
+    modules = dict(student.net.named_modules())
+    for name in frozen:
+        if name not in modules:
+            close = difflib.get_close_matches(name, modules, n=3)
+            hint = f"; closest: {', '.join(close)}" if close else ""
+            raise ValueError(f"no module {name!r} to freeze in {student.name}{hint}")
+    kept = {id(p) for name in frozen for p in modules[name].parameters()}
+    chosen = {n: p for n, p in student.net.named_parameters() if id(p) not in kept}
+    if not chosen:
+        raise ValueError(f"everything in {student.name} is frozen: nothing to train")
+    return chosen
+
+
 def _crops(images: ImageSet, config: Distillation, step: int) -> Tensor:
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     chosen = torch.randperm(len(images), generator=generator)[: config.batch_size].tolist()
-    return images.select(chosen).crops(config.size, 1, seed=config.seed * 1_000_003 + step)
+    return images.select(chosen).crops(
+        config.size, 1, seed=config.seed * 1_000_003 + step, scale=config.scale
+    )
 
 
 def _outputs(encoder: Encoder, batch: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
@@ -475,3 +528,171 @@ def _resume(
                 "exp_avg_sq": tensors[f"square.{name}"].to(parameter),
             }
     return history
+
+
+# ------------------------------------------------------------------------------------------- twins
+
+#: Photographs of the packaged set that twins were trained on are those of the first part of
+#: ``split(TRAIN_FRACTION, seed=TRAIN_SEED)``: evaluate on the second.
+TRAIN_FRACTION, TRAIN_SEED = 0.5, 0
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How well a changed network stands in for its original, on N images."""
+
+    same: Tensor  #: (N,) float64, 1 where the top-1 class is the original's
+    original: Tensor | None  #: (N,) float64, 1 where the original is right; None without labels
+    changed: Tensor | None  #: (N,) float64, 1 where the changed network is right
+
+
+@torch.no_grad()
+def fidelity(
+    changed: Encoder, original: Encoder, batches: Iterable[Tensor], *, labels: Any = None
+) -> Fidelity:
+    """Top-1 agreement of a changed network with its original, and with `labels` their accuracies.
+
+    Args:
+        changed: after surgery or training.
+        original: what it was made from.
+        batches: (N, 3, H, W) images in [0, 1], none of which either was trained on.
+        labels: (total,) indices of the true classes.
+
+    Raises:
+        ValueError: no images, or labels of another number.
+    """
+    tops: list[Tensor] = []
+    for batch in batches:
+        both = [e(batch.to(e.device)).argmax(1).cpu() for e in (changed, original)]
+        tops.append(torch.stack(both))
+    if not tops:
+        raise ValueError("no images to compare the networks on")
+    new, old = torch.cat(tops, 1)
+    same = (new == old).double()
+    if labels is None:
+        return Fidelity(same, None, None)
+    truth = torch.as_tensor(labels)
+    if truth.shape != new.shape:
+        raise ValueError(f"labels of shape {tuple(truth.shape)} for {len(new)} images")
+    return Fidelity(same, (old == truth).double(), (new == truth).double())
+
+
+def _state(encoder: Encoder) -> dict[str, Tensor]:
+    """Parameters and buffers that are numbers; counters of batches are not."""
+    return {k: v for k, v in encoder.net.state_dict().items() if v.is_floating_point()}
+
+
+def save_twin(
+    path: str | Path, twin: Encoder, original: Encoder, *, kernel: str, card: Mapping[str, Any]
+) -> None:
+    """Write what distinguishes a trained ``twin`` from ``blurpool(original, kernel=kernel)``.
+
+    Parameters go in half precision, statistics of batch norms in single; what equals the original
+    (a frozen classifier) is left out. One safetensors file, written whole or not at all, with the
+    original's name and weight hash, the kernel and ``card`` (data, steps, seed, errors, licence:
+    any JSON) in its metadata.
+
+    Raises:
+        ValueError: the twin is not that surgery of the original, a weight is not finite in half
+            precision, or nothing distinguishes the two.
+    """
+    before = _state(blurpool(original, kernel=kernel))
+    after = _state(twin)
+    if {k: v.shape for k, v in before.items()} != {k: v.shape for k, v in after.items()}:
+        raise ValueError(
+            f"{twin.name} is not blurpool({original.name}, kernel={kernel!r}): its layers differ"
+        )
+    parameters = {name for name, _ in twin.net.named_parameters()}
+    kept = {}
+    for name, value in after.items():
+        if torch.equal(value.cpu(), before[name].cpu()):
+            continue
+        kept[name] = value.half() if name in parameters else value.float()
+        if not torch.isfinite(kept[name]).all():
+            raise ValueError(f"{name!r} of {twin.name} is not finite in half precision")
+    if not kept:
+        raise ValueError(f"{twin.name} has the weights of {original.name}: nothing to save")
+    metadata = {
+        "format": 1,
+        "original": original.name,
+        "original_weights": original.weight_hash,
+        "kernel": kernel,
+        "card": card,
+    }
+    store.save_tensors(path, kept, metadata=metadata)
+
+
+def load_twin(
+    path: str | Path, original: Encoder, *, kernel: str | None = None
+) -> tuple[Encoder, dict[str, Any]]:
+    """The twin of ``original`` that :func:`save_twin` wrote, and its card.
+
+    Raises:
+        store.MismatchError: it was made from another encoder, other weights, or with a kernel other
+            than ``kernel`` where that is given.
+        FileNotFoundError: no such file.
+        ValueError: not a whole file of a twin.
+    """
+    expect: dict[str, Any] = {
+        "format": 1,
+        "original": original.name,
+        "original_weights": original.weight_hash,
+    }
+    if kernel is not None:
+        expect["kernel"] = kernel
+    kept, metadata = store.load_tensors(path, expect=expect)
+    changed = blurpool(original, kernel=metadata["kernel"])
+    state = changed.net.state_dict()
+    for name, value in kept.items():
+        if name not in state or state[name].shape != value.shape:
+            raise ValueError(f"{path}: {name!r} does not fit {changed.name}")
+        state[name].copy_(value)
+    changed.name = f"twin-{metadata['kernel']}:{original.name}"
+    changed.weight_hash = store.digest([original.weight_hash, store.sha256_file(path)])
+    changed.source = f"{original.source}; anti-aliased and distilled, {Path(path).name}"
+    store.note("encoder", changed.name, changed.weight_hash)
+    return changed, metadata["card"]
+
+
+#: Original -> kernel and sha256 of the trained twin's file in ``weights`` of the data folder.
+_TWINS: dict[str, tuple[str, str]] = {}
+
+
+def twins() -> tuple[str, ...]:
+    """Names of the encoders that have a trained twin here."""
+    return tuple(_TWINS)
+
+
+def twin_path(name: str) -> Path:
+    """File of the twin of encoder ``name``; ``ValueError`` if none was trained."""
+    if name not in _TWINS:
+        raise ValueError(
+            f"no trained twin of {name!r}: there are twins of {', '.join(_TWINS) or 'none'}; "
+            "distil makes one of any encoder"
+        )
+    return image_sets.data_root() / "weights" / f"{name}-{_TWINS[name][0]}.safetensors"
+
+
+def twin(name: str, *, device: str | torch.device = "cpu") -> Encoder:
+    """The anti-aliased, trained twin of the packaged encoder ``name``.
+
+    BlurPool before every subsampling, then distilled from the original without labels; its card is
+    in the file and on the page of models. It has the layers of the original.
+
+    Raises:
+        ValueError: none was trained (the names of those that were are given), or its file is not
+            the one this project was checked with.
+        FileNotFoundError: the data folder lacks the file.
+        encoders.UnavailableError: the original's weights are not installed.
+    """
+    path = twin_path(name)
+    kernel, expected = _TWINS[name]
+    if not path.is_file():
+        raise FileNotFoundError(f"the twin of {name} belongs at {path}: fetch the data folder anew")
+    found = store.sha256_file(path)
+    if found != expected:
+        raise ValueError(
+            f"{path.name} is not the file this project was checked with: sha256 {found}, expected "
+            f"{expected}"
+        )
+    return load_twin(path, load_encoder(name), kernel=kernel)[0].to(device)

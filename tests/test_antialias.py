@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fmlib import antialias, encoders, images, store, taps
+from fmlib import antialias, encoders, extract, images, store, taps
 from fmlib.encoders import Encoder
 
 
@@ -230,3 +230,163 @@ def test_a_diverging_distillation_stops_with_its_step(tmp_path):
     config = dataclasses.replace(CONFIG, learning_rate=1e30)
     with pytest.raises(antialias.DivergedError, match="step 1"):
         antialias.distil(student, teacher, colours(tmp_path), config)
+
+
+def test_frozen_modules_keep_the_teachers_weights(tmp_path):
+    teacher, pictures = strided_net(), colours(tmp_path)
+    student = antialias.blurpool(teacher)
+    antialias.distil(student, teacher, pictures, dataclasses.replace(CONFIG, frozen=("8", "1")))
+    for name in ("8.weight", "8.bias", "1.weight"):
+        assert torch.equal(student.net.get_parameter(name), teacher.net.get_parameter(name))
+    assert not torch.equal(
+        student.net.get_parameter("4.layer.weight"), teacher.net.get_parameter("4.weight")
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"frozen": ("9",)}, "no module '9' to freeze"),
+        ({"frozen": ("",)}, "everything in .* is frozen"),
+        ({"layers": ("9",)}, "'9'"),
+    ],
+)
+def test_distillation_names_what_is_not_there(tmp_path, change, words):
+    teacher = strided_net()
+    with pytest.raises(ValueError, match=words):
+        antialias.distil(
+            antialias.blurpool(teacher),
+            teacher,
+            colours(tmp_path, 2),
+            dataclasses.replace(CONFIG, **change),
+        )
+
+
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(3, 2), nn.MaxPool2d((3, 2), 2, dilation=(2, 1))])
+def test_pooling_by_rows_and_columns_is_pooling(pool):
+    x = torch.randn(2, 4, 17, 20)
+    part = antialias.Subsampler(pool, "pool")
+    with torch.no_grad():
+        fast = part.dense(x)
+    assert torch.equal(fast, part.dense(x.requires_grad_()))
+    torch.testing.assert_close(fast[..., ::2, ::2], pool(x))
+
+
+@pytest.mark.parametrize("surgery", [antialias.blurpool, antialias.polyphase])
+def test_changed_encoders_can_be_optimised_cast_and_read(surgery, random_image_batch):
+    changed = surgery(strided_net())
+    expected = changed(random_image_batch)
+    fast = extract.optimise(changed, keep=["4"])
+    torch.testing.assert_close(fast(random_image_batch), expected, rtol=1e-4, atol=1e-5)
+    wide = copy.deepcopy(changed).double()
+    torch.testing.assert_close(wide(random_image_batch.double()).float(), expected)
+    # a kernel of three at stride two, blurred by three: five pixels
+    fields = taps.receptive_fields(antialias.blurpool(strided_net()), ["0", "3"])
+    assert fields["0"] == (5, 2)
+    assert fields["3"][0] == 5 + 4 * 2
+
+
+def test_polyphase_takes_the_nearest_size_that_divides():
+    odd = strided_net()
+    odd.input_size = 61
+    assert antialias.polyphase(odd).input_size == 56
+
+
+# ------------------------------------------------------------------------------------------- twins
+
+
+def trained(teacher: Encoder) -> Encoder:
+    student = antialias.blurpool(teacher)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name in ("0.layer.weight", "4.layer.weight"):
+            parameter = student.net.get_parameter(name)
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.01)
+        student.net.get_submodule("1").running_mean.add_(1e-5)  # pyright: ignore
+    return student
+
+
+def test_a_twin_comes_back_as_it_was_saved(tmp_path, random_image_batch):
+    teacher = strided_net()
+    student = trained(teacher)
+    path = tmp_path / "twin.safetensors"
+    card = {"steps": 3, "images": ["photos"]}
+    antialias.save_twin(path, student, teacher, kernel="tri3", card=card)
+    kept, _ = store.load_tensors(path)
+    # what is as it was needs no place; weights are halves, statistics are not
+    assert {name: value.dtype for name, value in kept.items()} == {
+        "0.layer.weight": torch.float16,
+        "4.layer.weight": torch.float16,
+        "1.running_mean": torch.float32,
+    }
+    again, found = antialias.load_twin(path, teacher)
+    assert found == card
+    assert again.name == "twin-tri3:strided"
+    assert again.weight_hash not in (teacher.weight_hash, student.weight_hash)
+    assert not any(p.requires_grad for p in again.parameters())
+    torch.testing.assert_close(
+        again(random_image_batch), student(random_image_batch), rtol=1e-2, atol=1e-3
+    )
+    assert torch.equal(
+        again.net.get_submodule("1").running_mean,  # pyright: ignore
+        student.net.get_submodule("1").running_mean,  # pyright: ignore
+    )
+    assert store.NOTES["encoder"][again.name] == again.weight_hash
+
+
+def test_a_twin_is_refused_by_another_encoder_or_kernel(tmp_path):
+    teacher = strided_net()
+    path = tmp_path / "twin.safetensors"
+    antialias.save_twin(path, trained(teacher), teacher, kernel="tri3", card={})
+    other = strided_net()
+    other.name = "another"
+    with pytest.raises(store.MismatchError, match="'original' expected 'another', found 'strided'"):
+        antialias.load_twin(path, other)
+    changed = strided_net()
+    changed.weight_hash = "0" * 64
+    with pytest.raises(store.MismatchError, match="original_weights"):
+        antialias.load_twin(path, changed)
+    with pytest.raises(store.MismatchError, match="'kernel' expected 'bin5', found 'tri3'"):
+        antialias.load_twin(path, teacher, kernel="bin5")
+    with pytest.raises(FileNotFoundError, match="no tensor file"):
+        antialias.load_twin(tmp_path / "none.safetensors", teacher)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-10])
+    with pytest.raises(ValueError, match="not a complete tensor file"):
+        antialias.load_twin(path, teacher)
+
+
+def test_what_is_no_twin_is_not_saved(tmp_path):
+    teacher, path = strided_net(), tmp_path / "twin.safetensors"
+    with pytest.raises(ValueError, match="nothing to save"):
+        antialias.save_twin(path, antialias.blurpool(teacher), teacher, kernel="tri3", card={})
+    with pytest.raises(ValueError, match="its layers differ"):
+        antialias.save_twin(path, teacher, teacher, kernel="tri3", card={})
+    huge = trained(teacher)
+    with torch.no_grad():
+        huge.net.get_parameter("0.layer.weight").mul_(1e9)
+    with pytest.raises(ValueError, match=r"'0.layer.weight'.*not finite in half"):
+        antialias.save_twin(path, huge, teacher, kernel="tri3", card={})
+    assert not path.exists()
+
+
+def test_fidelity_counts_agreement_and_right_answers(random_image_batch):
+    teacher = strided_net()
+    student = trained(teacher)
+    found = antialias.fidelity(student, teacher, random_image_batch.split(3))
+    tops = [e(random_image_batch).argmax(1) for e in (student, teacher)]
+    assert found.same.tolist() == (tops[0] == tops[1]).double().tolist()
+    assert found.original is None
+    labels = [int(tops[1][0]), -1, -1, -1]
+    found = antialias.fidelity(student, teacher, [random_image_batch], labels=labels)
+    assert found.original is not None
+    assert found.original.tolist() == [1, 0, 0, 0]
+    with pytest.raises(ValueError, match=r"labels of shape \(2,\) for 4 images"):
+        antialias.fidelity(student, teacher, [random_image_batch], labels=[1, 2])
+    with pytest.raises(ValueError, match="no images"):
+        antialias.fidelity(student, teacher, [])
+
+
+def test_an_encoder_without_a_twin_is_told_so():
+    with pytest.raises(ValueError, match="no trained twin of 'resnet18'"):
+        antialias.twin("resnet18")
