@@ -267,6 +267,7 @@ def interval_lines(
     limits: tuple[float | None, float | None] | None = None,
     columns: int = 3,
     join: bool = True,
+    share_y: bool = True,
 ) -> Figure:
     """Lines with their intervals: error bars over named points, bands over numbers.
 
@@ -275,9 +276,10 @@ def interval_lines(
         xlabel: of the x axis, with its unit.
         ylabel: of the y axis, with its unit.
         height: of one row of panels in inches.
-        limits: of the y axis, which all panels share.
+        limits: of the y axis.
         columns: panels in a row.
         join: draw lines between named points; not where their order says nothing.
+        share_y: one y axis for all panels; without it each has its own, which a caption must say.
 
     Raises:
         ValueError: no lines, or a line of another length than its `x`.
@@ -304,7 +306,7 @@ def interval_lines(
     columns = min(columns, len(panels))
     rows = math.ceil(len(panels) / columns)
     fig = figure(height * rows)
-    axes = fig.subplots(rows, columns, squeeze=False, sharey=True)
+    axes = fig.subplots(rows, columns, squeeze=False, sharey=share_y)
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
     for ax, (title, panel) in zip(axes.flat, panels.items(), strict=False):
@@ -333,7 +335,8 @@ def interval_lines(
         ax.set_ylabel(ylabel)
     fig.supxlabel(xlabel, fontsize=mpl.rcParams["axes.labelsize"])
     if limits:
-        axes[0, 0].set_ylim(*limits)
+        for ax in axes.flat:
+            ax.set_ylim(*limits)
     if len(looks) > 1:
         keys = [
             Line2D([], [], color=look["color"], ls=look["ls"], marker=look["marker"], ms=4)

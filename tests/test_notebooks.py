@@ -118,6 +118,20 @@ INVARIANTS: dict[str, dict[str, Callable[[Values], bool]]] = {
         ),
         "at the border not even whole strides": lambda m: min(of(m, "border_error_")) > 0.01,
     },
+    "15_shift_explorer": {
+        "no pair is closer than itself, the least is below the mean": lambda m: (
+            below(of(m, "least_pair_"), of(m, "pairs_cosine_")) and max(of(m, "pairs_cosine_")) < 1
+        ),
+        "corners are the least typical references": lambda m: (
+            max(of(m, "corner_bias_", random=False)) < 0
+        ),
+        "to random weights positions look alike": lambda m: (
+            min(of(m, "pairs_cosine_", random=True)) > max(of(m, "pairs_cosine_", random=False))
+        ),
+    },
+    "90_explore_shifts": {
+        "the least pair is below the mean": lambda m: 0 < m["least_pair"] < m["pairs_cosine"] < 1,
+    },
 }
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -164,3 +164,15 @@ def test_equal_features_have_equal_colours_in_all_maps():
 def test_constant_and_narrow_features_have_colours():
     assert plots.feature_colours(torch.ones(1, 8, 3, 3)).eq(0.5).all()
     assert plots.feature_colours(torch.rand(1, 2, 3, 3))[:, 2].eq(0.5).all()
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_panels_share_their_vertical_axis_unless_told_not_to(share):
+    panels = {
+        "low": plots.Panel([0, 1], {"a": interval(0.1, 0.2)}),
+        "high": plots.Panel([0, 1], {"a": interval(9.1, 9.2)}),
+    }
+    fig = plots.interval_lines(panels, xlabel="px", ylabel="cosine", share_y=share)
+    low, high = (ax.get_ylim() for ax in fig.axes)
+    assert (low == high) is share
+    assert share or low[1] < high[0]

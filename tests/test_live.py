@@ -1,0 +1,112 @@
+"""The panels of the live notebooks: the cells are run here, the widgets used as by a reader."""
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+import torch
+
+from fmlib import widgets
+
+FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
+
+
+def opened(name: str, **parameters: Any) -> dict[str, Any]:
+    """The names a notebook leaves behind when run to its end."""
+    names: dict[str, Any] = {"display": lambda *_: None}
+    for cell in nbformat.read(FOLDER / f"{name}.ipynb", as_version=4).cells:
+        if cell.cell_type == "code" and "runs.finish" not in cell.source:
+            exec(compile(cell.source, f"{name}:{cell.id}", "exec"), names)
+            if "parameters" in cell.metadata.get("tags", []):
+                names |= parameters
+    return names
+
+
+@pytest.fixture(scope="module")
+def panel() -> dict[str, Any]:
+    names = opened("90_explore_shifts", encoder="squeezenet1_1", stride=33, canvas=160)
+    shown: list[Any] = []
+    names["display"] = shown.append
+    return names | {"shown": shown}
+
+
+def give(panel: dict[str, Any], name: str, content: bytes) -> None:
+    """Upload a file, as the browser would."""
+    about = {"name": name, "type": "image/png", "size": len(content)}
+    when = datetime.datetime.now(datetime.UTC)
+    panel["upload"].value = ({**about, "content": memoryview(content), "last_modified": when},)
+
+
+def explorer(panel: dict[str, Any]) -> dict[str, Any]:
+    """What the figure shown last holds."""
+    text = str(panel["shown"][-1].data)
+    return json.loads(text.split("), ")[-1].split(");\n</script>")[0])
+
+
+@pytest.fixture(autouse=True)
+def _shows_in_the_list(panel: dict[str, Any]) -> None:
+    # the cells' functions look names up in the namespace they were made in
+    panel["compute"].__globals__["display"] = panel["shown"].append
+
+
+def test_it_starts_with_what_the_parameters_say(panel):
+    assert (panel["model"].value, panel["pace"].value, panel["side"].value) == (
+        "squeezenet1_1", 33, 125,
+    )  # fmt: skip
+    assert panel["which"].value == "big_cat/lion"
+    assert panel["status"].value == "4 positions"
+
+
+def test_compute_shows_the_choice(panel):
+    panel["which"].value = "fish/lionfish"
+    panel["levels"].value = ("features.12",)
+    panel["side"].value = 96
+    panel["button"].click()
+    found = explorer(panel)
+    assert [one["name"] for one in found["objects"]] == ["lionfish"]
+    assert [one["layer"] for one in found["maps"]] == ["features.12"]
+    assert (found["size"], found["offsets"]) == (96, [0, 33])
+    assert panel["status"].value == "4 positions"
+    assert not panel["button"].disabled
+
+
+def test_a_file_goes_before_the_menu(panel):
+    give(panel, "my picture.png", widgets.png(torch.rand(3, 30, 40)))
+    panel["button"].click()
+    assert explorer(panel)["objects"][0]["name"] == "my picture"
+    panel["upload"].value = ()
+
+
+def test_another_encoder_brings_its_layers(panel):
+    panel["model"].value = "random:squeezenet1_1"
+    assert list(panel["levels"].options) == list(panel["net"]("squeezenet1_1").recommended)
+    assert len(panel["levels"].value) == 3
+
+
+def test_what_goes_wrong_is_said_and_the_panel_lives_on(panel):
+    shown = len(panel["shown"])
+    panel["model"].value = "squeezenet1_2"
+    assert "squeezenet1_1" in panel["status"].value  # the closest name
+    panel["button"].click()
+    assert "ValueError" in panel["status"].value
+    panel["model"].value = "squeezenet1_1"
+    give(panel, "x.png", b"no picture")
+    panel["button"].click()
+    assert "x.png" in panel["status"].value
+    panel["upload"].value = ()
+    panel["side"].value = 150  # one position is left
+    panel["button"].click()
+    assert "single position" in panel["status"].value
+    assert len(panel["shown"]) == shown
+    assert not panel["button"].disabled
+    panel["side"].value = 96
+    panel["button"].click()
+    assert len(panel["shown"]) == shown + 1
+
+
+def test_an_unknown_picture_is_named_with_its_closest():
+    with pytest.raises(ValueError, match=r"'big_cat/lino'.*big_cat/lion"):
+        opened("90_explore_shifts", encoder="squeezenet1_1", picture="big_cat/lino", stride=33)
