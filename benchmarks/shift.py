@@ -1,24 +1,32 @@
-"""How much faster an object is swept over a canvas than in the straightforward way.
+"""How much faster an object is swept over a canvas than in the straightforward way; how it scales.
 
-    python benchmarks/shift.py [--encoders NAME ...] [--strides 16 8] [--objects 3] [--repeats 3]
-        [--clock wall|cpu] [--threads N]
+    python benchmarks/shift.py [--encoders NAME ...] [--strides 1 8] [--repeats 3]
+        [--clock wall|cpu] [--threads N] [--whole ENCODER] [--no-scaling]
 
 Four ways of getting the deepest recommended layer's vector at the positions of a grid, in turns,
 medians of the repeats:
 
 * straightforward: PIL paste, ToTensor and Normalize in a DataLoader with 2 workers, batches of 32,
-  the bare network in float32. Its cost does not depend on the place, so a sample of positions will
-  do;
-* composed: `shift.sweep` of the encoder as it is: pictures composed as tensors, in small batches;
+  the bare network in float32, as the authors' scripts do it;
+* composed: pictures composed as tensors, in small batches, the encoder as it is;
 * optimised: the same after `extract.optimise`: channels-last, batch norm folded;
 * shared: the same with the early layers once per stride phase (`fmlib.phases`), the default.
 
-What a sweep does once for all objects (folding, planning) is left out: the rate is that of every
-object after the first. Only the ratios mean anything. On a machine that others use as well, let the
-clock be "cpu", the processor time of this process and its workers, and set OMP_WAIT_POLICY=passive,
-so that threads do not spend it waiting.
-The error is the largest difference in cosine to the five references from the composed way; the
-straightforward way differs from it by the rounding to 8 bits.
+The cost of the first three does not depend on the place, so a sample of positions will do. That of
+the last does: windows are made once and used many times. So its parts are timed, each stage's
+windows and the rest of the network, and put together with the number of windows that the grid
+needs: rate = P / (five references + sum over stages of windows·time + P·time of the rest), for one
+object, P positions. `--whole NAME` runs all P positions of the coarsest stride for that encoder
+and reports the rate beside the one put together. What is done once for all objects (folding,
+planning) is left out of the rates and given apart, as `setup_seconds`.
+
+Only ratios mean anything. On a machine that others use as well, let the clock be "cpu", the
+processor time of this process and its workers, and set OMP_WAIT_POLICY=passive, so that threads do
+not spend it waiting. The error is the largest difference in cosine to the five references from the
+composed way; the straightforward way differs from it by the rounding to 8 bits.
+
+The scaling table runs `shift.sweep` in a process of its own for each line: seconds of the sweep
+and the peak of resident memory (MB) above that of a process that has swept two positions.
 Results go to results/benchmarks/shift.json.
 """
 
@@ -27,9 +35,12 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -43,9 +54,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from fmlib import encoders, images, shift, store
+from fmlib import encoders, extract, images, phases, shift, store
 
 SIZE, CANVAS = 125, 224
+#: (stride, objects, layers) of the scaling table; one thing grows at a time.
+SCALING = [(16, 1, 1), (8, 1, 1), (4, 1, 1), (8, 2, 1), (8, 4, 1), (8, 1, 3), (8, 1, 5)]
 
 
 class Pasted(Dataset):
@@ -90,6 +103,14 @@ def straightforward(
     return torch.cat(values)
 
 
+def swept(
+    encoder: encoders.Encoder, obj: Tensor, positions: Tensor, layer: str, chain: Any = None
+) -> Tensor:
+    """Vectors (P, D)."""
+    found = shift.features(encoder, obj, positions, [layer], canvas=CANVAS, chain=chain)
+    return torch.cat([vectors[layer] for _, vectors in found])
+
+
 def wall() -> float:
     return time.perf_counter()
 
@@ -107,90 +128,190 @@ def timed(call: Callable[[], Any], clock: Callable[[], float]) -> tuple[Any, flo
     return result, clock() - start
 
 
+def parts(
+    chain: phases.Chain, obj: Tensor, places: Tensor, clock: Callable[[], float]
+) -> list[tuple[int, float]]:
+    """(how often, seconds each) of every stage's windows and of the rest of the network."""
+    ground = shift.paint("white", CANVAS)
+    paste = functools.partial(shift._paste, obj, background=ground)
+    count, result = 24, []
+    for depth, stage in enumerate(chain.stages, start=1):
+        needed = list(dict.fromkeys(stage.canonical(*p) for p in places.tolist()))
+        middle = max(0, len(needed) // 2 - count // 2)
+        sample = needed[middle : middle + count]
+        sweep = chain.sweep(paste, batch_size=4)
+        with torch.no_grad():
+            sweep._maps(depth - 1, sample[:1])  # the allocator's and the library's first time
+            if depth > 1:
+                sweep._maps(depth - 1, sample)
+            _, seconds = timed(functools.partial(sweep._maps, depth, sample), clock)
+        result.append((len(needed), seconds / len(sample)))
+    middle = len(places) // 2
+    sample = places[middle : middle + count]
+    sweep = chain.sweep(paste, batch_size=4)
+    for part in sample.split(8):
+        sweep.maps(part)
+    _, seconds = timed(lambda: [sweep(part) for part in sample.split(8)], clock)
+    return [*result, (len(places), seconds / len(sample))]
+
+
+def cosines(vectors: Tensor, fixed: Tensor) -> Tensor:
+    return F.normalize(vectors.double(), dim=1) @ F.normalize(fixed.double(), dim=1).T
+
+
 def measure(
-    name: str, objects: list[Tensor], stride: int, repeats: int, clock: Callable[[], float]
-) -> dict[str, Any]:
+    name: str, obj: Tensor, strides: list[int], repeats: int, clock: Callable[[], float], whole: str
+) -> list[dict[str, Any]]:
     encoder = encoders.load(name)
     layer = encoder.recommended[-1]
-    small = shift.prepare(objects[0], SIZE)
-    places = shift.grid(CANVAS, SIZE, stride)
-    fixed = shift.references(CANVAS, SIZE)
-    chosen = torch.randint(len(places.positions), (123,))
-    sample = torch.cat([fixed, places.positions[chosen]])  # four batches
+    small, fixed = shift.prepare(obj, SIZE), shift.references(CANVAS, SIZE)
+    fast, folding = timed(functools.partial(extract.optimise, encoder, keep=[layer]), clock)
+    everywhere = shift.grid(CANVAS, SIZE, 1).positions
+    sample = torch.cat([fixed, everywhere[torch.randperm(len(everywhere))[:59]]])  # two batches
+    empty = shift.paint("white", CANVAS)[None]
 
-    def swept(count: int, **options: Any) -> Any:
-        options |= {"size": SIZE, "canvas": CANVAS, "stride": stride, "span": 1}
-        return shift.sweep(encoder, objects[:count], [layer], **options)[layer]
+    chains: dict[int, phases.Chain | None] = {}
+    setup: dict[int, float] = {}
+    for stride in strides:
+        places = shift.grid(CANVAS, SIZE, stride).positions
+        plan = functools.partial(
+            phases.plan, fast, [layer], places, size=(SIZE, SIZE), canvas=CANVAS
+        )
+        stages, planning = timed(plan, clock)
+        chains[stride] = phases.Chain(fast, [layer], stages, empty=empty) if stages else None
+        setup[stride] = folding + planning
 
-    ways: dict[str, dict[str, Any]] = {
-        "composed": {"optimise": False, "share": False},
-        "optimised": {"share": False},
-        "shared": {"share": True},
+    ways = {
+        "straightforward": functools.partial(straightforward, encoder, small, sample, layer),
+        "composed": functools.partial(swept, encoder, small, sample[:32], layer),
+        "optimised": functools.partial(swept, fast, small, sample[:32], layer),
     }
-    # five references and two positions of the line beside the centre come on top
-    more = (len(objects) - 1) * (len(places.positions) + 7)
-    seconds: dict[str, list[float]] = {"straightforward": [], **{way: [] for way in ways}}
-    maps: dict[str, Any] = {}
-    vectors = torch.empty(0)
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    shared: dict[int, list[float]] = {stride: [] for stride in strides}
+    windows: dict[int, list[int]] = {}
+    vectors: dict[str, Tensor] = {}
     for _ in range(repeats):
-        by_pil = functools.partial(straightforward, encoder, small, sample, layer)
-        vectors, elapsed = timed(by_pil, clock)
-        seconds["straightforward"].append(elapsed / len(sample))
-        for way, settings in ways.items():
-            _, once = timed(functools.partial(swept, 1, **settings), clock)
-            maps[way], elapsed = timed(functools.partial(swept, len(objects), **settings), clock)
-            seconds[way].append((elapsed - once) / more)
-    rate = {way: 1 / statistics.median(values) for way, values in seconds.items()}
+        for way, call in ways.items():
+            vectors[way], elapsed = timed(call, clock)
+            seconds[way].append(elapsed / len(vectors[way]))
+        for stride, chain in chains.items():
+            places = shift.grid(CANVAS, SIZE, stride).positions
+            count, each = len(places), seconds["optimised"][-1]
+            total = (count + len(fixed)) * each
+            if chain is not None:
+                pieces = parts(chain, small, places, clock)
+                windows[stride] = [n for n, _ in pieces[:-1]]
+                total = sum(n * piece for n, piece in pieces) + len(fixed) * each
+            shared[stride].append(total / count)
 
-    unit = F.normalize(vectors.double(), dim=1)
-    where = {tuple(p): i for i, p in enumerate(places.positions.tolist())}
-    index = [where[tuple(p)] for p in sample[5:].tolist()]
-    by_hand = (unit[5:] @ unit[:5].T).T
-    plain = maps["composed"].cosine
-    error = {way: float((maps[way].cosine - plain).abs().max()) for way in ways}
-    plain = plain[0].flatten(1)
-    error["straightforward"] = float((by_hand - plain[:, index]).abs().max())
-    return {
-        "encoder": name,
-        "layer": layer,
-        "stride": stride,
-        "positions": len(places.positions),
-        "positions_per_second": rate,
-        "ratio": {way: rate[way] / rate["straightforward"] for way in ways},
-        "error": error,
-    }
+    expected = cosines(vectors["composed"], vectors["composed"][:5])
+    rows = []
+    for stride in strides:
+        chain = chains[stride]
+        found = {way: vectors[way][:32] for way in ("straightforward", "optimised")}
+        if chain is not None:
+            found["shared"] = swept(fast, small, sample[:32], layer, chain)
+        rate = {way: 1 / statistics.median(values) for way, values in seconds.items()}
+        rate["shared"] = 1 / statistics.median(shared[stride])
+        row = {
+            "encoder": name,
+            "layer": layer,
+            "stride": stride,
+            "positions": len(shift.grid(CANVAS, SIZE, stride).positions),
+            "windows": windows.get(stride, []),
+            "setup_seconds": setup[stride],
+            "positions_per_second": rate,
+            "ratio": {way: rate[way] / rate["straightforward"] for way in rate},
+            "sharing_gain": rate["shared"] / rate["optimised"],
+            "error": {
+                way: float((cosines(value, value[:5]) - expected).abs().max())
+                for way, value in found.items()
+            },
+        }
+        if whole == name and stride == max(strides) and chain is not None:
+            places = shift.grid(CANVAS, SIZE, stride).positions
+            _, elapsed = timed(functools.partial(swept, fast, small, places, layer, chain), clock)
+            _, more = timed(functools.partial(swept, fast, small, fixed, layer), clock)
+            row["whole_positions_per_second"] = len(places) / (elapsed + more)
+        rows.append(row)
+        line = [f"{way} {x:6.1f}/s ×{row['ratio'][way]:.2f}" for way, x in rate.items()]
+        error = max(value for way, value in row["error"].items() if way != "straightforward")
+        print(f"{name:28s} stride {stride:2d}  {'  '.join(line)}  error {error:.1e}", flush=True)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------- scaling
+
+
+def one(stride: int, objects: int, layers: int, clock: Callable[[], float]) -> None:
+    """In a process of its own: print the seconds of a sweep, and peaks before and after it."""
+    import resource
+
+    unit = 1e6 if sys.platform == "darwin" else 1e3
+    encoder = encoders.load("squeezenet1_1")
+    cutouts = images.load("objects", limit=objects)
+    chosen = list(encoder.recommended[-layers:])
+    shift.sweep(encoder, cutouts.select([0]), chosen, size=SIZE, stride=99, span=1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    run = functools.partial(shift.sweep, encoder, cutouts, chosen, size=SIZE, stride=stride, span=1)
+    maps, seconds = timed(run, clock)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    result = sum(x.cosine.nbytes for x in maps.values()) / 1e6
+    print(json.dumps([seconds, after, after - before, result]))
+
+
+def scaling(arguments: list[str]) -> list[dict[str, Any]]:
+    rows = []
+    for stride, objects, layers in SCALING:
+        command = [sys.executable, __file__, *arguments]
+        command += ["--one", str(stride), str(objects), str(layers)]
+        answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        seconds, peak, above, result = json.loads(answer.splitlines()[-1])
+        positions = len(shift.grid(CANVAS, SIZE, stride).positions)
+        rows.append(
+            {
+                "encoder": "squeezenet1_1",
+                "positions": positions,
+                "objects": objects,
+                "layers": layers,
+                "seconds": seconds,
+                "peak_mb": peak,
+                "above_two_positions_mb": above,
+                "result_mb": result,
+            }
+        )
+        print(
+            f"{positions:4d} positions  {objects} objects  {layers} layers  {seconds:6.2f} s  "
+            f"{peak:6.0f} MB, {above:+5.0f} MB",
+            flush=True,
+        )
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--encoders", nargs="+", default=list(encoders.packaged()))
-    parser.add_argument("--strides", nargs="+", type=int, default=[16, 8])
-    parser.add_argument("--objects", type=int, default=3)
+    parser.add_argument("--strides", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, default=Path("results/benchmarks/shift.json"))
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument("--whole", default="squeezenet1_1")
+    parser.add_argument("--no-scaling", action="store_true")
+    parser.add_argument("--one", nargs=3, type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     clock = {"wall": wall, "cpu": cpu}[options.clock]
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    objects = list(images.load("objects", limit=options.objects))
+    if options.one:
+        stride, objects, layers = options.one
+        one(stride, objects, layers, clock)
+        return
+    (obj,) = images.load("objects", limit=1)
     rows = []
     for name in options.encoders:
-        for stride in options.strides:
-            row = measure(name, objects, stride, options.repeats, clock)
-            rows.append(row)
-            rates = row["positions_per_second"]
-            print(
-                f"{name:28s} stride {stride:2d}  "
-                + "  ".join(
-                    f"{way} {rate:6.1f}/s"
-                    + (f" ×{row['ratio'][way]:.2f}" if way in row["ratio"] else "")
-                    for way, rate in rates.items()
-                )
-                + f"  error {row['error']['shared']:.1e}",
-                flush=True,
-            )
+        rows += measure(name, obj, options.strides, options.repeats, clock, options.whole)
+    same = ["--clock", options.clock, "--threads", str(options.threads)]
     store.write_json(
         options.output,
         {
@@ -198,11 +319,11 @@ def main() -> None:
             "threads": options.threads,
             "clock": options.clock,
             "versions": {"torch": torch.__version__, "numpy": np.__version__},
-            "objects": options.objects,
             "object_px": SIZE,
             "canvas_px": CANVAS,
             "repeats": options.repeats,
             "rows": rows,
+            "scaling": [] if options.no_scaling else scaling(same),
         },
     )
 

@@ -351,6 +351,8 @@ def features(
     paste = functools.partial(_paste, obj, background=ground)
     with torch.no_grad(), taps.read(encoder, layers) as read:
         maps_at = chain.sweep(paste, batch_size=size) if chain else lambda at: read(paste(at))
+        if chain and batch_size is None and device.type == "cpu":
+            size *= 2  # what is left of the network starts from smaller maps
         for index in torch.arange(len(positions)).split(size):
             maps = maps_at(positions[index])
             yield index, {layer: _vectors(maps[layer], pool) for layer in layers}
