@@ -118,6 +118,24 @@ INVARIANTS: dict[str, dict[str, Callable[[Values], bool]]] = {
         ),
         "at the border not even whole strides": lambda m: min(of(m, "border_error_")) > 0.01,
     },
+    "14_real_shifts": {
+        "a shorter shift changes less": lambda m: below(
+            of(m, "window_pixel_"), of(m, "window_far_")
+        ),
+        "half a pixel less than a whole one": lambda m: (
+            min(of(m, "half_share_")) > 0 and max(of(m, "half_share_")) < 1
+        ),
+        "unless the picture rings": lambda m: m["sharp_half"] > 1,
+        "on white, multiples of the stride undo part of the change": lambda m: (
+            min(of(m, "undone_white_")) > 0.1 and max(of(m, "undone_white_")) < 1
+        ),
+        "and more than where an object moves in a scene": lambda m: below(
+            of(m, "undone_photograph_"), of(m, "undone_white_")
+        ),
+        "on white, the border is seen": lambda m: m["border_white_efficientnet_lite0"] > 0,
+        "a scene makes place matter more": lambda m: m["displacement_photograph_over_white"] > 0,
+        "training makes windows more alike": lambda m: m["window_over_control"] < 0,
+    },
     "15_shift_explorer": {
         "no pair is closer than itself, the least is below the mean": lambda m: (
             below(of(m, "least_pair_"), of(m, "pairs_cosine_")) and max(of(m, "pairs_cosine_")) < 1
