@@ -212,7 +212,7 @@ class PolyphaseSampler(Subsampler):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C, H/s, W/s); ``ValueError`` where s does not divide H or W."""
         x = self.dense_circular(x)
-        (sy, sx), (n, channels, height, width) = self.stride, x.shape
+        (sy, sx), (n, _, height, width) = self.stride, x.shape
         if sy == sx == 1:
             return x
         if height % sy or width % sx:
@@ -220,13 +220,21 @@ class PolyphaseSampler(Subsampler):
                 f"adaptive polyphase sampling at {self.name!r} needs a map whose sides are"
                 f" multiples of {sy}×{sx}, got {height}×{width}: choose another image size"
             )
-        parts = x.view(n, channels, height // sy, sy, width // sx, sx).permute(0, 3, 5, 1, 2, 4)
-        parts = parts.reshape(n, sy * sx, channels, height // sy, width // sx)
         key = (height, width, sy, sx)
         if key not in self.phases.chosen or len(self.phases.chosen[key]) != n:
-            energy = parts.double().square().sum((2, 3, 4))
-            self.phases.chosen[key] = energy.argmax(1)
-        return parts[torch.arange(n, device=x.device), self.phases.chosen[key]]
+            energies = [
+                torch.linalg.vector_norm(x[:, :, i::sy, j::sx], dim=(1, 2, 3), dtype=_double(x))
+                for i in range(sy)
+                for j in range(sx)
+            ]
+            self.phases.chosen[key] = torch.stack(energies, 1).argmax(1)
+        chosen = self.phases.chosen[key].tolist()
+        return torch.stack([x[k, :, c // sx :: sy, c % sx :: sx] for k, c in enumerate(chosen)])
+
+
+def _double(x: Tensor) -> torch.dtype:
+    """Of sums over many entries; Apple's devices have no float64."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 def strided(encoder: Encoder) -> list[str]:

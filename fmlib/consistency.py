@@ -201,7 +201,29 @@ def _vectors(maps: Tensor) -> Tensor:
     maps = maps.float()
     maps = maps if maps.ndim == 2 else maps.mean(dim=tuple(range(2, maps.ndim)))
     maps = maps.cpu() if maps.device.type == "mps" else maps
-    return F.normalize(maps.double(), dim=1)
+    return maps.double()
+
+
+def _output(encoder: Encoder, image: Tensor) -> str | None:
+    """The layer that holds the network's output, if there is one: then one pass gives all."""
+    name = list(taps.trace(encoder, size=(image.shape[2], image.shape[3])))[-1]
+    found, expected = taps.features(encoder, image, [name])[name], encoder(image)
+    found = found.flatten(1)
+    same = found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+    return name if same else None
+
+
+def _outputs(
+    encoder: Encoder, batch: Tensor, names: Sequence[str], output: str | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits (B, K), and for each layer its features (B, D) averaged over space."""
+    if not names:
+        return encoder(batch), {}
+    wanted = list(dict.fromkeys([*names, output] if output else names))
+    with taps.read(encoder, wanted) as read:
+        maps = read(batch)
+    logits = maps[output].flatten(1) if output else encoder(batch)
+    return logits, {name: _vectors(maps[name]) for name in names}
 
 
 @torch.no_grad()
@@ -260,21 +282,24 @@ def pairs(
             for pair in offsets[i].tolist():
                 yield torch.stack([_show(protocol, x, at, crop, room) for at in pair])
 
-    top1, margin = [], []
+    top1: list[Tensor] = []
+    margin: list[Tensor] = []
+    output: str | None = None
     change: dict[str, list[Tensor]] = {layer: [] for layer in names}
     size = _batch_size(batch_size, fast.device)
     with tqdm(total=len(ids) * count, unit="pair", disable=not progress, leave=False) as bar:
         for batch in _batches(shown(), size):
             flat = batch.flatten(0, 1).to(fast.device)
-            best = _predictions(fast(flat), encoder, unnamed).topk(2, 1)
+            if names and output is None and not top1:
+                output = _output(fast, flat[:1])
+            logits, maps = _outputs(fast, flat, names, output)
+            best = _predictions(logits, encoder, unnamed).topk(2, 1)
             top1.append(best.indices[:, 0].cpu())
             margin.append((best.values[:, 0] - best.values[:, 1]).cpu())
-            if names:
-                with taps.read(fast, names) as read:
-                    for layer, maps in read(flat).items():
-                        unit = _vectors(maps).unflatten(0, (-1, 2))
-                        cosine = (unit[:, 0] * unit[:, 1]).sum(1).clamp(-1, 1)
-                        change[layer].append((1 - cosine).cpu())
+            for layer, values in maps.items():
+                unit = F.normalize(values, dim=1).unflatten(0, (-1, 2))
+                cosine = (unit[:, 0] * unit[:, 1]).sum(1).clamp(-1, 1)
+                change[layer].append((1 - cosine).cpu())
             bar.update(len(batch))
     shape = len(ids), count
     return Pairs(
