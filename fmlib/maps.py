@@ -527,7 +527,7 @@ def _moments(statistics: Statistics | Moments) -> Moments:
 # --------------------------------------------------------------------------------------- 3. maps
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class FeatureMap:
     """A map from features of pictures to predicted features of the edited pictures.
 
@@ -578,7 +578,7 @@ class FeatureMap:
         store.save_tensors(path, tensors, metadata=metadata)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class AffineMap(FeatureMap):
     """y = W x + b, the same at every position (a 1x1 convolution)."""
 
@@ -617,7 +617,7 @@ def _check_width(fitted: FeatureMap, x: Tensor, width: int) -> None:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class PositionMap(FeatureMap):
     """y[h,w] = W[h,w] x[h,w] + b[h,w]: every position of the grid has a map of its own."""
 
@@ -639,7 +639,7 @@ class PositionMap(FeatureMap):
         return {"weight": self.weight, "bias": self.bias}, {}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class NeighbourMap(FeatureMap):
     """The mean over the k training positions whose x is nearest; see `nearest_neighbours`."""
 

@@ -159,8 +159,8 @@ def test_roots_repeated_give_the_map(parts):
 
 def test_powers_are_scipys():
     fitted = near_identity(seed=3)
-    wanted = scipy.linalg.fractional_matrix_power(fitted.matrix.numpy(), 0.3)
-    assert np.allclose(map_algebra.power(fitted, 0.3).matrix, wanted.real)
+    wanted = np.real(scipy.linalg.fractional_matrix_power(fitted.matrix.numpy(), 0.3))
+    assert np.allclose(map_algebra.power(fitted, 0.3).matrix, wanted)
     back = map_algebra.power(fitted, -1)
     assert torch.allclose(back.apply(fitted.apply(X)), X)
 

@@ -632,9 +632,12 @@ def test_load_refuses_another_origin(tmp_path, squeezenet):
     origin = Origin.of(squeezenet, "features.3", "blur")
     maps.fit("ridge", (x, y), origin=origin).save(path)
     assert maps.load(path, encoder=squeezenet).origin == origin
-    for wrong in ({"layer": "features.4"}, {"edit": "hue"}, {"family": "linear"}):
-        with pytest.raises(store.MismatchError, match=next(iter(wrong))):
-            maps.load(path, **wrong)
+    with pytest.raises(store.MismatchError, match=r"'layer' expected 'features.4'"):
+        maps.load(path, layer="features.4")
+    with pytest.raises(store.MismatchError, match="'edit' expected 'hue', found 'blur'"):
+        maps.load(path, edit="hue")
+    with pytest.raises(store.MismatchError, match="'family' expected 'linear', found 'ridge'"):
+        maps.load(path, family="linear")
     maps.fit("ridge", (x, y), origin=ORIGIN).save(path)
     with pytest.raises(store.MismatchError, match="weight_hash"):
         maps.load(path, encoder=squeezenet)
