@@ -55,6 +55,9 @@ _CORNERS = [i for i in range(len(REFERENCES)) if i != _CENTRE]
 
 Pool = Literal["mean", "flatten"]
 
+#: Pictures from which sharing early layers repays its planning.
+_PAYS = 500
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -608,7 +611,8 @@ def _reduce(
     indices = range(len(objects)) if indices is None else indices
     fast = extract.optimise(encoder, keep=layers) if optimise else encoder
     if share is None:
-        share = fast.device.type == "cpu"
+        pictures = len(indices) * len(positions)
+        share = fast.device.type == "cpu" and pictures >= _PAYS
     chain = _chain(fast, layers, positions, size, ground) if share else None
     options: dict[str, Any] = {
         "canvas": ground.shape[-1],
@@ -678,7 +682,8 @@ def sweep(
             convolutions (:func:`extract.optimise`): the same features, faster.
         share: compute the early layers once per stride phase (:mod:`phases`): the same features,
             faster where the background is one colour. By default on a CPU only, since an
-            accelerator computes a position sooner than its map is put together.
+            accelerator computes a position sooner than its map is put together; and only for many
+            pictures, since planning takes a second or two.
         directory: keep each object's result here as soon as it is finished, in a file that appears
             whole or not at all. After an interrupt the same call goes on where it stopped. Several
             processes may fill one directory, each with its own `part`; :func:`read` gives what they

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -223,7 +224,7 @@ def test_sweep_agrees_with_a_plain_loop(name):
     encoder = encoders.load(name)
     layers = [encoder.recommended[1], encoder.recommended[-1]]
     obj = cutout(150, 90)
-    maps = shift.sweep(encoder, [obj], layers, size=125, stride=49, span=3)
+    maps = shift.sweep(encoder, [obj], layers, size=125, stride=49, span=3, share=True)
     for layer in layers:
         expected = plain_cosines(
             encoder, obj, layer, maps[layer].grid.positions, size=125, canvas=224
@@ -231,6 +232,29 @@ def test_sweep_agrees_with_a_plain_loop(name):
         found = maps[layer].cosine[0].flatten(1)
         assert (found - expected).abs().max() < 1e-5
         assert found[0, 0] == pytest.approx(1, abs=1e-6)  # the first position is a reference
+
+
+def test_a_network_of_torchvision_with_weights_from_a_file(tmp_path):
+    """As the paper's own: the name, an @ and a state dict; maps of a fully connected layer."""
+    torch.manual_seed(5)
+    net = torchvision.models.get_model("mobilenet_v2").eval()
+    file = tmp_path / "mine.pth"
+    torch.save(net.state_dict(), file)
+    encoder = encoders.load(f"torchvision:mobilenet_v2@{file}")
+    obj = cutout()
+    options: dict[str, Any] = {"size": 125, "stride": 99, "span": 1}
+    found = shift.sweep(encoder, [obj], ["classifier.1"], share=True, **options)["classifier.1"]
+    places = torch.cat([found.references, found.grid.positions])
+    pictures = shift.compose(shift.prepare(obj, 125), places)
+    mean, std = torch.tensor([[[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]])[0][..., None, None]
+    with torch.no_grad():
+        unit = F.normalize(net((pictures - mean) / std).double(), dim=1)
+    assert found.cosine[0].shape == (5, 2, 2)
+    expected = unit[:5] @ unit[5:].T
+    torch.testing.assert_close(found.cosine[0].flatten(1), expected, rtol=0, atol=1e-5)
+    assert expected.std() > 1e-6
+    with pytest.raises(ValueError, match="classifier"):
+        shift.sweep(encoder, [obj], ["classifier.6"], **options)
 
 
 def test_layers_that_an_optimisation_would_fuse_keep_their_value():
