@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -99,6 +99,23 @@ class Scores:
     cosine: Tensor  #: (N, H, W) of ŷ and y
     mask: Tensor | None = None  #: (N, H, W) bool, the edited region
 
+    @classmethod
+    def joined(cls, parts: Sequence[Scores]) -> Scores:
+        """Scores of all images of several batches (give :func:`score` one floor for all of them).
+
+        Raises:
+            ValueError: no parts, or some with a mask and some without.
+        """
+        masks = [part.mask for part in parts if part.mask is not None]
+        if not parts or len(masks) not in (0, len(parts)):
+            raise ValueError(f"{len(masks)} of {len(parts)} scores have a mask: all or none")
+        return cls(
+            squared=torch.cat([part.squared for part in parts]),
+            floor=torch.cat([part.floor for part in parts]),
+            cosine=torch.cat([part.cosine for part in parts]),
+            mask=torch.cat(masks) if masks else None,
+        )
+
     def _where(self, where: str) -> Tensor:
         if where not in ("all", "inside", "outside"):
             raise _unknown("region", where, ["all", "inside", "outside"])
@@ -180,7 +197,7 @@ def score(
     if floor is None:
         base = wide_target.mean((0, 2, 3), keepdim=True)
     else:
-        base = _wide(floor.detach())
+        base = _wide(floor.detach()).to(wide_target.device)
         base = base[None, :, None, None] if base.ndim == 1 else base
         base = base[:, :, None, None] if base.ndim == 2 else base
         if base.ndim != 4 or base.shape[1] != target.shape[1]:

@@ -69,7 +69,7 @@ __all__ = [
     "squared_error",
 ]
 
-_ROWS = 1 << 16  # positions turned into float64 at once
+_NUMBERS = 1 << 23  # turned into float64 at once, 64 MB
 
 
 def _unknown(what: str, given: object, choices: Iterable[str]) -> ValueError:
@@ -169,15 +169,17 @@ _ACTIONS = {
 
 
 def grid_action(name: str | Action | None) -> Any:
-    """A grid action by name: identity, rot90, rot180, rot270 (counter-clockwise), hflip, vflip,
-    shift(down,right) in grid units, or several with a + between them, done from left to right.
+    """Look up a grid action by name.
 
-    None is the identity; a `GridAction` or another callable is given back as it is (maps with a
-    callable of your own cannot be saved, composed or inverted).
+    Names are identity, rot90, rot180, rot270 (counter-clockwise), hflip, vflip, shift(down,right)
+    in grid units, or several with a + between them, done from left to right. None is the identity;
+    a `GridAction` or another function is given back as it is (maps with a function of your own
+    cannot be saved, composed or inverted).
 
     Raises:
         ValueError: an unknown name (naming the closest).
-    """  # noqa: D205
+        TypeError: neither a name nor a function.
+    """
     if name is None:
         return GridAction()
     if not isinstance(name, str):
@@ -415,7 +417,7 @@ class Statistics:
                 f"{len(known.mean_x)} and {len(known.mean_y)}"
             )
         where = torch.tensor([_fold(name, len(self.parts)) for name in names], device=x.device)
-        step = max(1, _ROWS // (x.shape[2] * x.shape[3]))
+        step = max(1, _NUMBERS // max(x[0].numel(), y[0].numel()))
         for fold in where.unique().tolist():
             for index in (where == fold).nonzero().flatten().split(step):
                 new = Moments.of(_rows(x[index]), _rows(y[index]), images=len(index))
@@ -506,6 +508,7 @@ class Statistics:
 
 def _fold(name: Any, folds: int) -> int:
     """The fold of a group: of its name alone, so that shards made apart agree."""
+    name = name.item() if hasattr(name, "item") else name  # NumPy's numbers
     if isinstance(name, int):
         return name % folds
     return int(store.digest(name)[:12], 16) % folds
@@ -548,9 +551,11 @@ class FeatureMap:
         """
         if x.ndim not in (2, 4):
             raise ValueError(f"features are (N, C, H, W) or (N, C), not {tuple(x.shape)}")
-        if x.ndim == 2:
-            return self._apply(self.grid_action(x[:, :, None, None]))[:, :, 0, 0]
-        return self._apply(self.grid_action(x))
+        grid = x[:, :, None, None] if x.ndim == 2 else x
+        if x.dtype in (torch.float16, torch.bfloat16):
+            grid = grid.float()  # sums over channels lose too much in half precision
+        result = self._apply(self.grid_action(grid)).to(x.dtype)
+        return result[:, :, 0, 0] if x.ndim == 2 else result
 
     def _apply(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -870,7 +875,7 @@ def _ridge_map(
     bias = eigen.moments.mean_y - weight @ eigen.moments.mean_x
     return _affine(
         family, statistics, weight, bias, parameters=weight.numel() + bias.numel(),
-        penalty=gamma, rank=int(eigen.present.sum()), **info,
+        penalty=gamma, directions=int(eigen.present.sum()), **info,
     )  # fmt: skip
 
 
@@ -1010,7 +1015,7 @@ def linear(statistics: Statistics | Moments, *, rank_deficient: str = "minimum_n
 
     Where S_xx is singular (fewer positions than channels; a channel that is never on), many W fit
     equally well. "minimum_norm" takes the smallest (the pseudo-inverse) and says in
-    ``info["rank"]`` how many directions of x were seen to vary; "error" refuses.
+    ``info["directions"]`` in how many directions x was seen to vary; "error" refuses.
 
     Raises:
         ValueError: singular statistics under `rank_deficient="error"`.
@@ -1018,10 +1023,11 @@ def linear(statistics: Statistics | Moments, *, rank_deficient: str = "minimum_n
     if rank_deficient not in ("minimum_norm", "error"):
         raise _unknown("rank_deficient", rank_deficient, ["minimum_norm", "error"])
     eigen = _Eigen.of(_moments(statistics))
-    rank, width = int(eigen.present.sum()), len(eigen.d)
-    if rank < width and rank_deficient == "error":
+    directions, width = int(eigen.present.sum()), len(eigen.d)
+    if directions < width and rank_deficient == "error":
         raise ValueError(
-            f"the statistics are rank-deficient: x varies in {rank} of {width} directions over "
+            "the statistics are rank-deficient: x varies in "
+            f"{directions} of {width} directions over "
             f"{eigen.moments.positions} positions of {eigen.moments.images} images; use ridge, "
             "more images, or rank_deficient='minimum_norm'"
         )
@@ -1057,7 +1063,9 @@ class RankPath:
     def best(self) -> int:
         """The rank with the smallest left-out error."""
         if not bool(torch.isfinite(self.errors).all()):
-            raise ValueError("no errors were estimated: give Statistics with folds, not Moments")
+            raise ValueError(
+                "no errors were estimated: that takes Statistics with images in two folds"
+            )
         return int(self.errors.argmin())
 
     def map(self, rank: int | None = None) -> AffineMap:
@@ -1428,8 +1436,9 @@ def squared_error(fitted: AffineMap, statistics: Statistics | Moments) -> float:
     Raises:
         ValueError: statistics of other widths or another grid action.
     """
-    moments, w = _matching(fitted, statistics), fitted.matrix
-    offset = moments.mean_y - w @ moments.mean_x - fitted.bias
+    moments = _matching(fitted, statistics)
+    w, b = fitted.matrix.to(moments.xx), fitted.bias.to(moments.xx)
+    offset = moments.mean_y - w @ moments.mean_x - b
     within = moments.yy.trace() - 2 * (w.T * moments.xy).sum() + ((w @ moments.xx) * w).sum()
     return max(float(within) / moments.positions, 0.0) + float(offset.square().sum())
 
@@ -1465,10 +1474,12 @@ def discrepancy(first: AffineMap, second: AffineMap, statistics: Statistics | Mo
     if first.grid_action != second.grid_action:
         raise ValueError("two maps with different grid actions cannot be compared by statistics")
     moments = _moments(statistics)
-    w, b = first.matrix - second.matrix, first.bias - second.bias
+    own = first.matrix.to(moments.xx)
+    w = own - second.matrix.to(moments.xx)
+    b = (first.bias - second.bias.to(first.bias)).to(moments.xx)
     apart = ((w @ moments.xx) * w).sum() / moments.positions
     apart = float(apart + (w @ moments.mean_x + b).square().sum())
-    spread = float(((first.matrix @ moments.xx) * first.matrix).sum()) / moments.positions
+    spread = float(((own @ moments.xx) * own).sum()) / moments.positions
     if not spread > 0:
         raise ValueError("the first map gives the same for every x")
     return apart / spread

@@ -334,7 +334,10 @@ def split(groups: Sequence[Any], share: float, *, seed: int = 0) -> tuple[Tensor
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class NetworkMap(FeatureMap):
-    """A trained network between normalised features; `apply` takes and gives plain ones."""
+    """A trained network between normalised features; `apply` takes and gives plain ones.
+
+    Gradients flow to x, not to the weights.
+    """
 
     network: nn.Module
     config: dict[str, Any]  #: of `architecture`
@@ -352,9 +355,8 @@ class NetworkMap(FeatureMap):
                 f"({tuple(x.shape)})"
             )
         self.network.eval().to(x.device)
-        with torch.no_grad():
-            parts = [_normalised(part, self.mean, self.std) for part in x.float().split(64)]
-            found = torch.cat([self.network(part) for part in parts])
+        parts = [_normalised(part, self.mean, self.std) for part in x.float().split(64)]
+        found = torch.cat([self.network(part) for part in parts])
         scale, shift = (v.to(x.device)[:, None, None] for v in (self.std_y, self.mean_y))
         return (found * scale + shift).to(x.dtype)
 
@@ -375,7 +377,11 @@ def restore(
     network.load_state_dict(_under("network/", tensors))
     scales = {name: tensors[name] for name in ("mean", "std", "mean_y", "std_y")}
     return NetworkMap(
-        network=network.eval(), config=options, history=config["history"], **scales, **common
+        network=network.eval().requires_grad_(False),
+        config=options,
+        history=config["history"],
+        **scales,
+        **common,
     )
 
 
@@ -520,7 +526,7 @@ def train(
             "stopped_early": run.stopped,
             "training": asdict(config),
         },
-        network=network.eval(),
+        network=network.eval().requires_grad_(False),
         config=options,
         mean=scales[0],
         std=scales[1],

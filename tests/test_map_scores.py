@@ -73,6 +73,20 @@ def test_inside_and_outside():
     assert float(everywhere[0]) == float(found.cosine[0].flatten().sort().values[4])
 
 
+def test_batches_are_joined():
+    mask, floor = randn(6, 3, 3, seed=5) > 0, torch.zeros(4)
+    whole = map_scores.score(GUESS, Y, floor=floor, mask=mask)
+    parts = [
+        map_scores.score(GUESS[i : i + 2], Y[i : i + 2], floor=floor, mask=mask[i : i + 2])
+        for i in (0, 2, 4)
+    ]
+    joined = map_scores.Scores.joined(parts)
+    for where in ("all", "inside", "outside"):
+        assert torch.equal(joined.per_image("r2", where), whole.per_image("r2", where))
+    with pytest.raises(ValueError, match="1 of 2 scores have a mask"):
+        map_scores.Scores.joined([whole, map_scores.score(GUESS, Y)])
+
+
 def test_scores_refuse():
     with pytest.raises(ValueError, match="differ in shape"):
         map_scores.score(GUESS[:3], Y)

@@ -176,12 +176,16 @@ def test_groups_stay_together():
         maps.ridge_path(value)
     numbered = Statistics(folds=2).update(x, y, groups=torch.tensor([0, 1, 0, 1]))
     assert [part.images for part in numbered.parts if part] == [2, 2]
+    same_names = Statistics(folds=2).update(x, y, groups=list(np.array([0, 1, 0, 1])))
+    same(same_names.total, numbered.total, tolerance=0)
+    assert same_names.parts[1] is not None
+    assert torch.equal(same_names.parts[1].mean_x, numbered.parts[1].mean_x)  # pyright: ignore
 
 
 def test_chunks_change_nothing(monkeypatch):
     x, y, _ = pairs()
     whole = statistics(x, y)
-    monkeypatch.setattr(maps, "_ROWS", 10)
+    monkeypatch.setattr(maps, "_NUMBERS", 100)
     same(statistics(x, y).total, whole.total)
 
 
@@ -392,7 +396,7 @@ def test_rank_deficient_statistics():
     x[:, 2] = 0  # a channel that is never on
     value = statistics(x, y)
     fitted = maps.linear(value)
-    assert fitted.info["rank"] == 5
+    assert fitted.info["directions"] == 5
     oracle = LinearRegression().fit(rows(x), rows(y))
     assert np.allclose(rows(fitted.apply(x)), oracle.predict(rows(x)))
     assert float(fitted.matrix[:, 2].abs().max()) < 1e-9
@@ -406,7 +410,7 @@ def test_fewer_positions_than_channels():
     x, y, _ = pairs(images=4, channels=10, side=1)
     value = statistics(x, y)
     fitted = maps.linear(value)  # of minimum norm: through all points
-    assert fitted.info["rank"] == 3
+    assert fitted.info["directions"] == 3
     assert torch.allclose(fitted.apply(x), y)
     wanted = np.linalg.pinv(rows(x) - rows(x).mean(0)) @ (rows(y) - rows(y).mean(0))
     assert np.allclose(fitted.matrix, wanted.T)
@@ -624,6 +628,15 @@ def test_one_interface(family, tmp_path):
         back.apply(x[0])
     with pytest.raises(ValueError, match="square grid"):
         back.apply(x[..., :2])
+
+
+def test_half_precision_features_are_summed_in_single():
+    x, y, _ = pairs(channels=64)
+    fitted = maps.fit("ridge", (x, y), penalty=1.0)
+    half = x.half()
+    found = fitted.apply(half)
+    assert found.dtype == torch.float16
+    assert torch.equal(found, fitted.apply(half.float()).half())
 
 
 def test_load_refuses_another_origin(tmp_path, squeezenet):

@@ -240,6 +240,10 @@ def test_one_interface(family, tmp_path):
     assert fitted.apply(x).shape == y.shape
     assert torch.equal(fitted.apply(x[:3]), fitted.apply(x[:3]))  # no dropout, no batch statistics
     assert fitted.parameters_count == sum(p.numel() for p in fitted.network.parameters())
+    watched = x.clone().requires_grad_()
+    fitted.apply(watched).sum().backward()
+    assert watched.grad is not None
+    assert not any(p.requires_grad for p in fitted.network.parameters())
     fitted.save(tmp_path / "map.safetensors")
     back = maps.load(tmp_path / "map.safetensors", family=family, layer="features.3")
     assert torch.equal(back.apply(x), fitted.apply(x))
