@@ -572,7 +572,7 @@ def features(
 
     Args:
         encoder: where the pictures go.
-        scene: what to show.
+        scene: what to show; drawn where its tensors lie, so give these on the encoder's device.
         positions: (P, 2) numbers (y, x), px, fractions allowed.
         layers: dotted layer names.
         pool: how a feature map becomes a vector: "mean" over space, or "flatten".
