@@ -718,23 +718,37 @@ def load(
 # --------------------------------------------------------------------------- 3a. shared linear fits
 
 
+@dataclass(frozen=True)
+class _Sample:
+    """What a fit is of, as it was then: statistics go on changing."""
+
+    moments: Moments
+    grid_action: Action
+    origin: Origin
+
+    @classmethod
+    def of(cls, statistics: Statistics | Moments) -> _Sample:
+        if isinstance(statistics, Moments):
+            return cls(statistics, GridAction(), Origin())
+        return cls(statistics.total, statistics.grid_action, statistics.origin)
+
+
 def _affine(
     family: str,
-    statistics: Statistics | Moments,
+    sample: _Sample,
     weight: Tensor | None,
     bias: Tensor,
     *,
     parameters: int,
     **info: Any,
 ) -> AffineMap:
-    known = isinstance(statistics, Statistics)
-    moments = _moments(statistics)
+    seen = {"images": sample.moments.images, "positions": sample.moments.positions}
     return AffineMap(
         family=family,
         parameters_count=parameters,
-        grid_action=statistics.grid_action if known else GridAction(),
-        origin=statistics.origin if known else Origin(),
-        info={"images": moments.images, "positions": moments.positions, **info},
+        grid_action=sample.grid_action,
+        origin=sample.origin,
+        info={**seen, **info},
         weight=weight,
         bias=bias,
     )
@@ -742,10 +756,10 @@ def _affine(
 
 def additive(statistics: Statistics | Moments) -> AffineMap:
     """The least-squares translation: y = x + δ with δ = ȳ − x̄."""
-    moments = _moments(statistics)
-    _same_width(moments, "an additive map")
-    delta = moments.mean_y - moments.mean_x
-    return _affine("additive", statistics, None, delta, parameters=len(delta))
+    sample = _Sample.of(statistics)
+    _same_width(sample.moments, "an additive map")
+    delta = sample.moments.mean_y - sample.moments.mean_x
+    return _affine("additive", sample, None, delta, parameters=len(delta))
 
 
 @dataclass(frozen=True)
@@ -847,7 +861,7 @@ class RidgePath:
     errors: Tensor  #: (K,)
     unit_errors: Tensor | None  #: (K, folds or groups), of each that was left out; None for "gcv"
     method: str
-    _statistics: Statistics | Moments = field(repr=False)
+    _sample: _Sample = field(repr=False)
     _eigen: _Eigen = field(repr=False)
 
     @property
@@ -859,22 +873,18 @@ class RidgePath:
         """The ridge map with the penalty of this index, by default the best."""
         index = self.best if index is None else index
         return _ridge_map(
-            self._statistics, self._eigen, self.penalties[index],
+            self._sample, self._eigen, self.penalties[index],
             expected_error=float(self.errors[index]), chosen_by=self.method,
         )  # fmt: skip
 
 
 def _ridge_map(
-    statistics: Statistics | Moments,
-    eigen: _Eigen,
-    gamma: float,
-    family: str = "ridge",
-    **info: Any,
+    sample: _Sample, eigen: _Eigen, gamma: float, family: str = "ridge", **info: Any
 ) -> AffineMap:
     weight = eigen.weight(gamma)
-    bias = eigen.moments.mean_y - weight @ eigen.moments.mean_x
+    bias = sample.moments.mean_y - weight @ sample.moments.mean_x
     return _affine(
-        family, statistics, weight, bias, parameters=weight.numel() + bias.numel(),
+        family, sample, weight, bias, parameters=weight.numel() + bias.numel(),
         penalty=gamma, directions=int(eigen.present.sum()), **info,
     )  # fmt: skip
 
@@ -902,12 +912,12 @@ def ridge_path(
     """
     if select not in ("folds", "gcv"):
         raise _unknown("select", select, ["folds", "gcv"])
-    moments = _moments(statistics)
-    values = penalties(moments) if gammas is None else _check_penalties(gammas)
-    eigen = _Eigen.of(moments)
+    sample = _Sample.of(statistics)
+    values = penalties(sample.moments) if gammas is None else _check_penalties(gammas)
+    eigen = _Eigen.of(sample.moments)
     if select == "gcv":
-        errors = eigen.gcv(values) / moments.positions
-        return RidgePath(values, errors, None, select, statistics, eigen)
+        errors = eigen.gcv(values) / sample.moments.positions
+        return RidgePath(values, errors, None, select, sample, eigen)
     if isinstance(statistics, Moments):
         raise ValueError("select='folds' needs Statistics, which keep folds; Moments do not")
     sums, counts = [], []
@@ -916,7 +926,7 @@ def ridge_path(
         counts.append(held_out.positions)
     errors = torch.stack(sums, 1)
     each = errors / torch.tensor(counts).to(errors)
-    return RidgePath(values, errors.sum(1) / sum(counts), each, select, statistics, eigen)
+    return RidgePath(values, errors.sum(1) / sum(counts), each, select, sample, eigen)
 
 
 def leave_one_image_out(
@@ -942,7 +952,8 @@ def leave_one_image_out(
     Raises:
         ValueError: a penalty of 0; other pairs than the statistics are of (their number tells).
     """
-    moments = statistics.total
+    sample = _Sample.of(statistics)
+    moments = sample.moments
     values = penalties(moments) if gammas is None else _check_penalties(gammas)
     if min(values) <= 0:
         raise ValueError("leave_one_image_out needs penalties above 0")
@@ -969,7 +980,7 @@ def leave_one_image_out(
         raise ValueError(f"{sum(counts)} positions came, but the statistics are of {n}")
     errors = torch.stack(sums, 1)
     each = errors / torch.tensor(counts).to(errors)
-    return RidgePath(values, errors.sum(1) / n, each, "leave_one_image_out", statistics, eigen)
+    return RidgePath(values, errors.sum(1) / n, each, "leave_one_image_out", sample, eigen)
 
 
 def _left_out(eigen: _Eigen, s: Tensor, z: Tensor, target: Tensor, n: int) -> Tensor:
@@ -1007,7 +1018,8 @@ def ridge(
     if penalty is None:
         return ridge_path(statistics, gammas, select=select).map()
     (gamma,) = _check_penalties([penalty])
-    return _ridge_map(statistics, _Eigen.of(_moments(statistics)), gamma)
+    sample = _Sample.of(statistics)
+    return _ridge_map(sample, _Eigen.of(sample.moments), gamma)
 
 
 def linear(statistics: Statistics | Moments, *, rank_deficient: str = "minimum_norm") -> AffineMap:
@@ -1022,7 +1034,8 @@ def linear(statistics: Statistics | Moments, *, rank_deficient: str = "minimum_n
     """
     if rank_deficient not in ("minimum_norm", "error"):
         raise _unknown("rank_deficient", rank_deficient, ["minimum_norm", "error"])
-    eigen = _Eigen.of(_moments(statistics))
+    sample = _Sample.of(statistics)
+    eigen = _Eigen.of(sample.moments)
     directions, width = int(eigen.present.sum()), len(eigen.d)
     if directions < width and rank_deficient == "error":
         raise ValueError(
@@ -1031,7 +1044,7 @@ def linear(statistics: Statistics | Moments, *, rank_deficient: str = "minimum_n
             f"{eigen.moments.positions} positions of {eigen.moments.images} images; use ridge, "
             "more images, or rank_deficient='minimum_norm'"
         )
-    return _ridge_map(statistics, eigen, 0.0, "linear")
+    return _ridge_map(sample, eigen, 0.0, "linear")
 
 
 # ---------------------------------------------------------------------------------- 3b. few ranks
@@ -1055,7 +1068,7 @@ class RankPath:
     plus_identity: bool  #: whether W = I + W_r
     errors: Tensor  #: (R + 1,) left-out mean squared error per position, NaN if not asked for
     fold_errors: Tensor  #: (R + 1, folds)
-    _statistics: Statistics | Moments = field(repr=False)
+    _sample: _Sample = field(repr=False)
     _weight: Tensor = field(repr=False)  # (Cy, Cx) of full rank
     _basis: Tensor = field(repr=False)  # (Cy, R)
 
@@ -1080,20 +1093,20 @@ class RankPath:
             raise ValueError(f"rank must be a whole number from 0 to {most}, not {rank!r}")
         basis = self._basis[:, :rank]
         weight = basis @ (basis.T @ self._weight)
-        moments = _moments(self._statistics)
+        moments = self._sample.moments
         if self.plus_identity:
             weight = weight + _eye(weight)
         bias = moments.mean_y - weight @ moments.mean_x
         wide, narrow = weight.shape[1], weight.shape[0]
         return _affine(
             "low_rank_plus_identity" if self.plus_identity else "reduced_rank",
-            self._statistics, weight, bias,
+            self._sample, weight, bias,
             parameters=rank * (wide + narrow) + len(bias), penalty=self.penalty, rank=rank,
         )  # fmt: skip
 
     def held_out(self, moments: Statistics | Moments) -> Tensor:
         """(R + 1,) mean squared error per position on other pairs, for every rank at once."""
-        fitted, other = _moments(self._statistics), _moments(moments)
+        fitted, other = self._sample.moments, _moments(moments)
         if self.plus_identity:
             fitted, other = fitted.difference(), other.difference()
         return _rank_errors(fitted, self._weight, self._basis, other) / other.positions
@@ -1146,7 +1159,8 @@ def rank_path(
         gamma = path.penalties[path.best]
     else:
         (gamma,) = _check_penalties([penalty])
-    eigen = _Eigen.of(view(_moments(statistics)))
+    sample = _Sample.of(statistics)
+    eigen = _Eigen.of(view(sample.moments))
     weight, basis, values = _rank_parts(eigen, gamma)
     count = basis.shape[1] + 1
     each = values.new_full((count, 1), torch.nan)
@@ -1161,7 +1175,7 @@ def rank_path(
         total = torch.stack(sums, 1)
         errors = total.sum(1) / sum(counts)
         each = total / torch.tensor(counts).to(total)
-    return RankPath(values, gamma, plus_identity, errors, each, statistics, weight, basis)
+    return RankPath(values, gamma, plus_identity, errors, each, sample, weight, basis)
 
 
 def reduced_rank(
@@ -1191,12 +1205,13 @@ def procrustes(statistics: Statistics | Moments, *, scale: bool = False) -> Affi
     Reflections are allowed. It is fitted centred and applied centred: leaving the means out, as
     the released code of the paper does when it applies the map, adds an error that is not the
     rotation's. Where S_yx has not full rank the rotation of the rest is arbitrary;
-    ``info["rank"]`` tells.
+    ``info["directions"]`` tells.
 
     Raises:
         ValueError: x and y of different widths, or x that does not vary (with `scale`).
     """
-    moments = _moments(statistics)
+    sample = _Sample.of(statistics)
+    moments = sample.moments
     _same_width(moments, "a Procrustes map")
     u, values, vt = torch.linalg.svd(moments.xy.T)
     factor = 1.0
@@ -1209,10 +1224,10 @@ def procrustes(statistics: Statistics | Moments, *, scale: bool = False) -> Affi
     width = len(weight)
     tolerance = float(values[0]) * width * torch.finfo(values.dtype).eps
     return _affine(
-        "procrustes_scaled" if scale else "procrustes", statistics, weight,
+        "procrustes_scaled" if scale else "procrustes", sample, weight,
         moments.mean_y - weight @ moments.mean_x,
         parameters=width * (width - 1) // 2 + width + scale,
-        scale=factor, rank=int((values > tolerance).sum()),
+        scale=factor, directions=int((values > tolerance).sum()),
     )  # fmt: skip
 
 

@@ -529,6 +529,17 @@ def test_low_rank_plus_identity_recovers_a_planted_map():
     assert torch.allclose(nothing.apply(x), shift.apply(x))
 
 
+def test_later_updates_do_not_reach_a_fit():
+    x, y, _ = pairs()
+    value = statistics(x, y)
+    ridge, rank = maps.ridge_path(value), maps.rank_path(value)
+    before = [ridge.map().apply(x), rank.map(2).apply(x)]
+    value.update(x * 100 + 5, y * -30)
+    after = [ridge.map().apply(x), rank.map(2).apply(x)]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert rank.map(2).info["images"] == 12
+
+
 def test_ranks_are_checked():
     x, y, _ = pairs()
     path = maps.rank_path(statistics(x, y))
