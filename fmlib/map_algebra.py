@@ -133,6 +133,11 @@ def _derived(
     return AffineMap(family=family, parameters_count=count, weight=weight, bias=bias, **options)
 
 
+def _renamed(origin: Origin, pattern: str) -> Origin:
+    """The origin of a map made of another: half an edit must not load as the edit."""
+    return replace(origin, edit=pattern.format(origin.edit)) if origin.edit else origin
+
+
 def compose(outer: AffineMap, inner: AffineMap) -> AffineMap:
     """The map x -> outer(inner(x)), again affine: W_a W_b, W_a b_b + b_a.
 
@@ -150,7 +155,7 @@ def compose(outer: AffineMap, inner: AffineMap) -> AffineMap:
             f"outer takes {outer.matrix.shape[1]} channels, inner gives {inner.matrix.shape[0]}"
         )
     edits = (outer.origin.edit, inner.origin.edit)
-    edit = "∘".join(str(name) for name in edits) if all(edits) else None
+    edit = "∘".join(f"({name})" for name in edits) if all(edits) else None
     return _derived(
         "composition", inner, outer.matrix @ inner.matrix,
         outer.matrix @ inner.bias + outer.bias,
@@ -172,10 +177,9 @@ def inverse(fitted: AffineMap, *, rcond: float = 1e-6) -> AffineMap:
     values = torch.linalg.svdvals(fitted.matrix)
     weight = torch.linalg.pinv(fitted.matrix, rtol=rcond)
     rank = int((values > rcond * values[0]).sum())
-    edit = fitted.origin.edit and f"inverse of {fitted.origin.edit}"
     return _derived(
         "inverse", fitted, weight, -weight @ fitted.bias,
-        grid_action=action, origin=replace(fitted.origin, edit=edit), info={"rank": rank},
+        grid_action=action, origin=_renamed(fitted.origin, "({})^-1"), info={"rank": rank},
     )  # fmt: skip
 
 
@@ -194,8 +198,9 @@ def interpolate(fitted: AffineMap, strength: float) -> AffineMap:
     _check_flow(fitted)
     weight = (1 - strength) * _eye(fitted.bias) + strength * fitted.matrix
     return _derived(
-        "interpolation", fitted, weight, strength * fitted.bias, info={"strength": strength}
-    )
+        "interpolation", fitted, weight, strength * fitted.bias,
+        origin=_renamed(fitted.origin, f"{strength:g}·({{}})"), info={"strength": strength},
+    )  # fmt: skip
 
 
 def _check_flow(fitted: AffineMap) -> None:
@@ -222,6 +227,10 @@ def power(fitted: AffineMap, exponent: float, *, negative: str = "error") -> Aff
       ‖Im Wᵗ‖/‖Wᵗ‖, as ``info["imaginary_share"]``. Ridge maps often have tiny negative λ where x
       hardly varies; then the share is small. If it is not, the result means little.
 
+    Where x does not vary at all (a channel that is never on) linear and ridge maps have λ = 0.
+    `maps.low_rank_plus_identity` at full rank is the ridge map that leaves such directions alone,
+    λ = 1, and the better start for powers and flows.
+
     Raises:
         ValueError: as above; a grid action with a fractional t; t < 0 of a singular W; a W that
             cannot be diagonalised to working precision.
@@ -240,7 +249,10 @@ def power(fitted: AffineMap, exponent: float, *, negative: str = "error") -> Aff
     weight = _from_eigenvectors(vectors, scaled)
     bias = _from_eigenvectors(vectors, phi) @ fitted.bias.to(vectors.dtype)
     info = {"exponent": exponent, "imaginary_share": _imaginary_share(weight)}
-    return _derived("power", fitted, weight.real.contiguous(), bias.real.contiguous(), info=info)
+    return _derived(
+        "power", fitted, weight.real.contiguous(), bias.real.contiguous(),
+        origin=_renamed(fitted.origin, f"({{}})^{exponent:g}"), info=info,
+    )  # fmt: skip
 
 
 def _whole_power(fitted: AffineMap, exponent: int) -> AffineMap:
@@ -253,7 +265,7 @@ def _whole_power(fitted: AffineMap, exponent: int) -> AffineMap:
     return replace(
         result,
         family="power",
-        origin=fitted.origin,
+        origin=_renamed(fitted.origin, f"({{}})^{exponent}"),
         info={"exponent": exponent, "imaginary_share": 0.0},
     )
 

@@ -102,7 +102,7 @@ def test_composition_is_one_map_after_the_other(first, second):
     outer = affine(randn(3, 6, seed=2), randn(3, seed=3), action=second, edit="b")
     both = map_algebra.compose(outer, inner)
     assert torch.allclose(both.apply(X), outer.apply(inner.apply(X)))
-    assert both.origin.edit == "b∘a"
+    assert both.origin.edit == "(b)∘(a)"
     with pytest.raises(ValueError, match="outer takes 5 channels, inner gives 3"):
         map_algebra.compose(inner, outer)
 
@@ -178,6 +178,33 @@ def test_powers_of_a_translation_are_translations():
     assert torch.allclose(more.apply(X), X + 5)
     nearly = affine(torch.diag(torch.tensor([1 + 1e-9, 1 - 1e-9]).double()), randn(2))
     assert torch.allclose(map_algebra.power(nearly, 0.5).bias, nearly.bias / 2, atol=1e-8)
+
+
+def test_what_is_made_of_an_edit_is_not_named_like_it():
+    fitted = affine(rotation(5), edit="hue 60")
+    made = [
+        map_algebra.power(fitted, 0.5),
+        map_algebra.power(fitted, 2),
+        map_algebra.inverse(fitted),
+        map_algebra.interpolate(fitted, 0.25),
+    ]
+    names = [one.origin.edit for one in made]
+    assert names == ["(hue 60)^0.5", "(hue 60)^2", "(hue 60)^-1", "0.25·(hue 60)"]
+
+
+def test_directions_never_seen_are_left_alone():
+    """A dead channel: ridge maps it to 0, which has no logarithm; identity plus ridge keeps it."""
+    x = randn(40, 5, 2, 2)
+    x[:, 3] = 0
+    y = 1.2 * x + 1
+    y[:, 3] = 0
+    value = maps.Statistics().update(x, y)
+    with pytest.raises(ValueError, match="no logarithm"):
+        map_algebra.generator(maps.linear(value))
+    full = maps.low_rank_plus_identity(value, rank=5, penalty=0.0)
+    half = map_algebra.power(full, 0.5)
+    assert torch.allclose(half.apply(half.apply(x)), y)
+    assert float(half.matrix[3, 3]) == pytest.approx(1)
 
 
 def test_a_mirror_has_no_real_half():
