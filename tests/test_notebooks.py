@@ -150,6 +150,23 @@ INVARIANTS: dict[str, dict[str, Callable[[Values], bool]]] = {
     "90_explore_shifts": {
         "the least pair is below the mean": lambda m: 0 < m["least_pair"] < m["pairs_cosine"] < 1,
     },
+    "13_antialiasing": {
+        "a network names what it names": lambda m: m["agreement_squeezenet1_1_original"] == 1,
+        "blurring calms features near by": lambda m: m["local_ratio_squeezenet1_1"] < 0.8,
+        "and takes power from the harmonics": lambda m: (
+            m["alias_squeezenet1_1_tri3"] < 0.7 * m["alias_squeezenet1_1_original"]
+        ),
+        "but makes them no more invariant far away": lambda m: (
+            m["global_change_squeezenet1_1"] > -0.05
+        ),
+        "on one colour a circular network cannot tell places": lambda m: (
+            max(m["wiggle_squeezenet1_1_polyphase"], m["displacement_squeezenet1_1_polyphase"])
+            < 1e-6
+        ),
+        "nor flip under circular shifts": lambda m: (
+            m["circular_consistency_squeezenet1_1_polyphase"] == 1
+        ),
+    },
 }
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
