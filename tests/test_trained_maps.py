@@ -298,6 +298,27 @@ def test_resumed_is_uninterrupted(family, tmp_path):
     assert torch.equal(again.apply(x), whole.apply(x))
 
 
+def test_each_epoch_has_an_order_of_its_own(monkeypatch):
+    seen = []
+    plain = trained_maps._Run._loss
+
+    def watched(self, x, y, index, scales):
+        if self.network.training:
+            seen.append((self.epoch, index.tolist()))
+        return plain(self, x, y, index, scales)
+
+    monkeypatch.setattr(trained_maps._Run, "_loss", watched)
+    x, y = pairs(32)
+    config = dataclasses.replace(QUICK, epochs=2)
+    trained_maps.train("mlp", x, y, config=config, groups=[i // 2 for i in range(32)], **SMALL)
+    first, second = ([i for e, index in seen if e == epoch for i in index] for epoch in (0, 1))
+    assert first != second
+    assert sorted(first) == sorted(second)
+    assert len(first) == 24  # three full batches, each image once
+    held = set(range(32)) - set(first)
+    assert {i // 2 for i in held} & {i // 2 for i in first} == set()
+
+
 def test_checkpoint_of_something_else_is_refused(tmp_path):
     x, y = pairs()
     path = tmp_path / "checkpoint.safetensors"
