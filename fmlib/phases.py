@@ -2,10 +2,11 @@
 
 An object on a plain canvas, moved by a whole stride of a layer, gives the same feature map moved by
 one unit, except where a unit sees the canvas's border. So the early layers are computed for one
-position per stride phase (and for every position near the border), and the map of any other
-position is put together: the empty canvas's map with the object's window pasted at its place. The
-rest of the network runs on that. A chain of such layers is chosen by a cost model; nothing is
-approximated (the same idea, over video and occlusions: Krypton, Nakandala et al. 2019).
+position per stride phase, and the map of any other position is put together: the empty canvas's map
+with the object's window pasted at its place. Where the window reaches units that see the border,
+these alone are computed, from the strip of the earlier map that they see. The rest of the network
+runs on that. A chain of such layers is chosen by a cost model; nothing is approximated (the same
+idea, over video and occlusions: Krypton, Nakandala et al. 2019).
 """
 
 from __future__ import annotations
@@ -83,6 +84,48 @@ class Axis:
 
 
 @dataclass(frozen=True)
+class Edge:
+    """Along one axis: the units that see the border, and what of the earlier map they need.
+
+    Units before ``low`` see the border at the start and are those of the earlier map's crop
+    [0, ``start``); units from ``high`` on see the one at the end. The crop from ``end`` on gives
+    them: its first unit is unit ``skip`` of the whole. Both crops are aligned with the stride.
+    """
+
+    low: int
+    high: int
+    start: int
+    end: int
+    skip: int
+    homes: tuple[int | None, ...]  #: for each position the first of its phase away from the border
+    share: float  #: of the earlier map that the two crops make up
+
+    @classmethod
+    def of(cls, axis: Axis, before: Axis) -> Edge:
+        """For a layer that follows another (or the picture: one unit a pixel)."""
+        ratio = axis.stride // before.stride
+        low = max(0, math.ceil(-axis.low / axis.stride))
+        high = min(axis.units, (axis.canvas - 1 - axis.high) // axis.stride + 1)
+        start = end = skip = 0
+        if low:
+            last = math.ceil((axis.high - before.high) / before.stride) + (low - 1) * ratio
+            start = min(last + 1 + (before.units - last - 1) % ratio, before.units)
+        end = before.units
+        if high < axis.units:
+            first = (axis.low - before.low) // before.stride + high * ratio
+            skip = max(first, 0) // ratio
+            end = skip * ratio
+        inner: dict[int, int] = {}
+        places = range(axis.canvas - axis.size + 1)
+        for x in places:
+            if axis.interior(x):
+                inner.setdefault(x % axis.stride, x)
+        homes = tuple(inner.get(x % axis.stride) for x in places)
+        share = 1.0 if low >= high else (start + before.units - end) / before.units
+        return cls(low, high, start, end, skip, homes, share)
+
+
+@dataclass(frozen=True)
 class Stage:
     """One layer of the chain: where its windows lie and which position serves which."""
 
@@ -99,6 +142,24 @@ class Stage:
     def window(self, y: int, x: int) -> tuple[slice, slice, slice]:
         """The units of a (C, H, W) map that see the object at (y, x)."""
         return slice(None), slice(*self.rows.window(y)), slice(*self.columns.window(x))
+
+    def edges(self, before: Stage | None) -> tuple[Edge, Edge]:
+        """Rows and columns of this layer's border, after ``before`` or the picture."""
+        axes = (self.rows, self.columns)
+        if before is None:
+            sources = [Axis(0, 0, 1, axis.canvas, axis.canvas, axis.size) for axis in axes]
+        else:
+            sources = [before.rows, before.columns]
+        rows, columns = (Edge.of(axis, source) for axis, source in zip(axes, sources, strict=True))
+        return rows, columns
+
+    def inner(self, y: int, x: int) -> bool:
+        """Whether the object at (y, x) shares no unit with the border."""
+        return self.rows.interior(y) and self.columns.interior(x)
+
+
+#: Strips are computed on their own if they make up less than this of the earlier map.
+_STRIPS = 0.8
 
 
 def _work(encoder: Encoder, canvas: int) -> list[tuple[int, float]]:
@@ -172,15 +233,19 @@ def _holds(encoder: Encoder, stages: Sequence[Stage], size: tuple[int, int], can
         """Both ends, and inner positions that are served by another one's window, if any."""
         table = axis.canonical()
         served = [x for x, y in enumerate(table) if x != y] or [len(table) // 2]
-        return [0, served[0], served[len(served) // 2], served[-1], len(table) - 1]
+        ends = [0, len(table) // 8, len(table) - 1 - len(table) // 8, len(table) - 1]
+        return [*ends[:2], served[0], served[len(served) // 2], served[-1], *ends[2:]]
 
     rows, columns = line(last.rows), line(last.columns)
     # The first of a phase comes before those that it serves, as in a sweep.
     places = torch.tensor(
         [*zip(rows, columns, strict=True), *zip(rows, columns[::-1], strict=True)]
     )
-    chain = Chain(encoder, [], stages, empty=empty)
-    found = chain.sweep(paint, batch_size=4).maps(places)
+    try:
+        chain = Chain(encoder, [], stages, empty=empty)
+        found = chain.sweep(paint, batch_size=4).maps(places)
+    except (RuntimeError, ValueError):  # the network takes maps of one size only
+        return False
     expected = taps.features(encoder, paint(places), [cut], batch_size=4)[cut]
     return float((found - expected).abs().max()) <= _TOLERANCE * float(expected.abs().max())
 
@@ -232,8 +297,19 @@ def plan(
     def done(order: int) -> float:
         return max((cost for at, cost in work if at <= order), default=0.0)
 
-    count = len({tuple(p) for p in positions.tolist()})
-    needed = [len({stage.canonical(*p) for p in positions.tolist()}) for stage in stages]
+    places = {tuple(p) for p in positions.tolist()}
+    count = len(places)
+    windows = [{stage.canonical(*p) for p in places} for stage in stages]
+    inner = [
+        sum(stage.inner(*p) for p in found) for stage, found in zip(stages, windows, strict=True)
+    ]
+
+    def needed(i: int, j: int | None) -> float:
+        """Runs of stage i after stage j: whole ones, and strips as parts of one."""
+        edges = stages[i].edges(None if j is None else stages[j])
+        share = sum(edge.share for edge in edges)
+        return inner[i] + (len(windows[i]) - inner[i]) * (share if share < _STRIPS else 1)
+
     costs = [done(known[stage.layer].order) for stage in stages]
     # Pasting writes each map once and reads it once.
     paste = [
@@ -244,9 +320,13 @@ def plan(
     # Shortest path from the picture through any chain of stages to the layers wanted.
     best: list[tuple[float, int | None]] = []
     for i in range(len(stages)):
-        options: list[tuple[float, int | None]] = [(needed[i] * costs[i], None)]
+        options: list[tuple[float, int | None]] = [(needed(i, None) * costs[i], None)]
         options += [
-            (best[j][0] + needed[i] * (costs[i] - costs[j] + paste[j]), j) for j in range(i)
+            (
+                best[j][0] + needed(i, j) * (costs[i] - costs[j]) + len(windows[i]) * paste[j],
+                j,
+            )
+            for j in range(i)
         ]
         best.append(min(options, key=lambda option: option[0]))
     ends: list[tuple[float, int | None]] = [(count * total, None)]
@@ -271,6 +351,9 @@ class Chain:
         self, encoder: Encoder, layers: Sequence[str], stages: Sequence[Stage], *, empty: Tensor
     ) -> None:
         self.stages = tuple(stages)
+        self.edges = [
+            stage.edges(before) for before, stage in zip([None, *stages], stages, strict=False)
+        ]
         cuts = [stage.layer for stage in stages]
         self.segments: list[Segment] = []
         wanted = [*([cut] for cut in cuts), list(layers)]
@@ -318,11 +401,18 @@ class Sweep:
         empty = self._chain.empty[depth - 1]
         keys = [stage.canonical(*place) for place in places]
         missing = [key for key in dict.fromkeys(keys) if key not in windows]
-        for start in range(0, len(missing), self._batch_size):
-            part = missing[start : start + self._batch_size]
-            values = self._chain.segments[depth - 1](self._maps(depth - 1, part))[stage.layer]
+        homes = {key: self._home(depth, key) for key in missing}
+        whole = [key for key in missing if homes[key] is None]
+        whole += [home for home in homes.values() if home is not None and home not in windows]
+        whole = list(dict.fromkeys(whole))
+        for start in range(0, len(whole), self._batch_size):
+            part = whole[start : start + self._batch_size]
+            values = self._segment(depth, self._maps(depth - 1, part))
             for key, value in zip(part, values, strict=True):
                 windows[key] = value[stage.window(*key)].clone()
+        near = {key: home for key, home in homes.items() if home is not None}
+        if near:
+            windows.update(self._near_border(depth, near))
         maps = empty.expand(len(places), *empty.shape[1:]).clone(memory_format=torch.channels_last)
         for map_, place, key in zip(maps, places, keys, strict=True):
             map_[stage.window(*place)] = windows[key]
@@ -331,3 +421,65 @@ class Sweep:
         while len(windows) > max(room, 1):
             windows.popitem(last=False)
         return maps
+
+    def _segment(self, depth: int, maps: Tensor) -> Tensor:
+        """The next stage's maps of whole maps or of strips of them."""
+        layer, segment = self._chain.stages[depth - 1].layer, self._chain.segments[depth - 1]
+        if isinstance(segment, taps.Tail):
+            # A strip need not be the map of any image: what stands for the layers before it may as
+            # well be that of the whole picture, since nothing of it is used.
+            key = (tuple(maps.shape[2:]), maps.device, segment.encoder.mean.dtype)
+            if key not in segment._fronts:
+                segment._fronts[key] = segment._front_for(self._chain.empty[depth - 2])
+        values = segment(maps)[layer]
+        if values.shape[1] != self._chain.empty[depth - 1].shape[1]:
+            raise ValueError(f"a strip before {layer!r} was taken for a map of another layout")
+        return values
+
+    def _home(self, depth: int, key: Place) -> Place | None:
+        """The inner position of the same phase, for a window that only strips differ in."""
+        edges = self._chain.edges[depth - 1]
+        if self._chain.stages[depth - 1].inner(*key) or sum(e.share for e in edges) >= _STRIPS:
+            return None
+        y, x = (edge.homes[place] for edge, place in zip(edges, key, strict=True))
+        return None if y is None or x is None else (y, x)
+
+    def _near_border(self, depth: int, homes: dict[Place, Place]) -> dict[Place, Tensor]:
+        """Windows of positions near the border: the inner one, moved, with strips of their own."""
+        stage, windows = self._chain.stages[depth - 1], self._windows[depth - 1]
+        keys, axes = list(homes), (stage.rows, stage.columns)
+        before = self._maps(depth - 1, keys)
+        channels = next(iter(windows.values())).shape[0]
+        result = {}
+        for key, home in homes.items():
+            spans, targets, sources = [], [], []
+            for axis, edge, x, h in zip(axes, self._chain.edges[depth - 1], key, home, strict=True):
+                first, last = axis.window(x)
+                low, high = max(first, edge.low), min(last, edge.high)
+                moved = (h - x) // axis.stride - axis.window(h)[0]
+                spans.append(last - first)
+                targets.append(slice(low - first, max(high, low) - first))
+                sources.append(slice(low + moved, max(high, low) + moved))
+            result[key] = before.new_empty(channels, *spans)
+            result[key][:, targets[0], targets[1]] = windows[home][:, sources[0], sources[1]]
+        for dim, (axis, edge) in enumerate(zip(axes, self._chain.edges[depth - 1], strict=True)):
+            ends = (
+                (0, edge.low, 0, edge.start, 0),
+                (edge.high, axis.units, edge.end, None, edge.skip),
+            )
+            for first, last, start, stop, skip in ends:
+                spans = [axis.window(key[dim]) for key in keys]
+                chosen = [n for n, (a, b) in enumerate(spans) if a < last and b > first]
+                if not chosen or first >= last:
+                    continue
+                crop = before[chosen].narrow(
+                    2 + dim, start, (stop or before.shape[2 + dim]) - start
+                )
+                for n, strip in zip(chosen, self._segment(depth, crop), strict=True):
+                    a, b = spans[n]
+                    low, high = max(a, first), min(b, last)
+                    other = slice(*axes[1 - dim].window(keys[n][1 - dim]))
+                    source = [slice(low - skip, high - skip), other][:: 1 if dim == 0 else -1]
+                    target = [slice(low - a, high - a), slice(None)][:: 1 if dim == 0 else -1]
+                    result[keys[n]][:, target[0], target[1]] = strip[:, source[0], source[1]]
+        return result

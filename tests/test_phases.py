@@ -1,8 +1,10 @@
 """The short cut gives the features of the plain forward pass, and only where it may be taken."""
 
+
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import Conv2dSame
 from torch import nn
 
 from fmlib import encoders, phases, shift, taps
@@ -70,6 +72,62 @@ def test_windows_that_were_dropped_are_made_again(cutout, monkeypatch):
     positions = shift.grid(96, 40, 8).positions
     _, short, plain = both_ways(encoder, ["5"], cutout, positions, 96)
     torch.testing.assert_close(short["5"], plain["5"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("ceil", [False, True])
+@pytest.mark.parametrize("canvas", [151, 152, 154])
+def test_strips_at_the_border_on_every_position(ceil, canvas, monkeypatch):
+    """A deep stage, all of whose border positions are put together of strips."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 3, stride=2, padding=1),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(3, 2, ceil_mode=ceil),
+        Conv2dSame(6, 8, 5, stride=2),
+        nn.ReLU(),
+        nn.Conv2d(8, 4, 3, padding=1),
+        nn.BatchNorm2d(4).eval(),
+        nn.Conv2d(4, 4, 3),
+    )
+    encoder = Encoder(net, name="strips", input_size=96)
+    generator = torch.Generator().manual_seed(1)
+    obj = torch.rand(4, 30, 24, generator=generator)
+    positions = torch.cartesian_prod(torch.arange(canvas - 29), torch.arange(canvas - 23))
+    picture = torch.rand(1, 3, canvas, canvas)
+    stages, units = [], {}
+    for name in ("2", "6"):
+        spans = taps.spans(encoder, [name], size=canvas)[name]
+        assert spans is not None
+        units[name] = taps.features(encoder, picture, name)[name].shape[2]
+        rows, columns = (
+            phases.Axis(*span, units=units[name], canvas=canvas, size=side)
+            for span, side in zip(spans, (30, 24), strict=True)
+        )
+        tables = tuple(rows.canonical()), tuple(columns.canonical())
+        stages.append(phases.Stage(name, rows, columns, *tables))
+    monkeypatch.setattr(phases, "_STRIPS", 2.0)  # even where they save nothing
+    runs = []
+    plain_segment = phases.Sweep._segment
+    monkeypatch.setattr(
+        phases.Sweep,
+        "_segment",
+        lambda self, depth, maps: (
+            runs.append((depth, *maps.shape)),
+            plain_segment(self, depth, maps),
+        )[1],
+    )
+    ground = shift.paint("white", canvas)
+    sweep = phases.Chain(encoder, ["7"], stages, empty=ground[None]).sweep(
+        lambda p: shift.compose(obj, p, canvas=canvas), batch_size=64
+    )
+    edge = (positions.amin(1) < 20) | ((positions - positions.amax(0)).amax(1) > -20)
+    positions = torch.cat([positions[edge][::17], positions[~edge][::97], positions[-3:]])
+    for part in positions.split(128):
+        pictures = shift.compose(obj, part, canvas=canvas)
+        torch.testing.assert_close(
+            sweep(part)["7"], taps.features(encoder, pictures, "7")["7"], rtol=1e-4, atol=1e-5
+        )
+    assert any(depth == 2 and height < units["2"] for depth, _, _, height, _ in runs)
 
 
 def test_positions_of_one_phase_share_a_window():
