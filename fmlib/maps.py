@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -244,10 +245,10 @@ class Moments:
 
     @classmethod
     def of(cls, x: Tensor, y: Tensor, *, images: int) -> Moments:
-        """Of rows x (n, Cx) and y (n, Cy)."""
+        """Of float64 rows x (n, Cx) and y (n, Cy), which are centred in place."""
         mean_x, mean_y = x.mean(0), y.mean(0)
-        x, y = x - mean_x, y - mean_y
-        return cls(len(x), images, mean_x, mean_y, x.T @ x, x.T @ y, y.T @ y)
+        x, y = x.sub_(mean_x), y.sub_(mean_y)
+        return cls(len(x), images, mean_x, mean_y, _gram(x), x.T @ y, _gram(y))
 
     def __add__(self, other: Moments) -> Moments:
         """Moments of both samples together (Chan, Golub & LeVeque 1983, eq. 2.1).
@@ -292,6 +293,15 @@ class Moments:
             xy=self.xy - self.xx,
             yy=self.yy - self.xy - self.xy.T + self.xx,
         )
+
+
+def _gram(x: Tensor) -> Tensor:
+    """xᵀx. On a CPU by NumPy, which computes one triangle of a symmetric product: half the time."""
+    if x.device.type != "cpu":
+        return x.T @ x
+    rows = x.numpy()
+    with np.errstate(all="ignore"):  # some BLAS raise flags though all is well
+        return torch.from_numpy(rows.T @ rows)
 
 
 def _same_width(moments: Moments, what: str) -> None:
@@ -339,8 +349,11 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """Maps (N, C, H, W) as float64 rows (N·H·W, C): every position is a sample."""
-    return _wide(x).permute(0, 2, 3, 1).flatten(0, 2)
+    """Maps (N, C, H, W) as new float64 rows (N·H·W, C): every position is a sample."""
+    device = "cpu" if x.device.type == "mps" else x.device
+    layout = torch.contiguous_format
+    wide = x.permute(0, 2, 3, 1).to(device, torch.float64, copy=True, memory_format=layout)
+    return wide.flatten(0, 2)
 
 
 def _group_names(groups: Sequence[Any] | Tensor | None, n: int, start: int) -> list[Any]:

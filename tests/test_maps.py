@@ -182,6 +182,17 @@ def test_groups_stay_together():
     assert torch.equal(same_names.parts[1].mean_x, numbered.parts[1].mean_x)  # pyright: ignore
 
 
+@pytest.mark.parametrize("side", [1, 3])  # at 1, rows could be a view of the features
+def test_features_are_left_as_they_were(side):
+    x, y, _ = pairs(side=side)
+    before = x.clone(), y.clone()
+    Statistics().update(x, y)
+    Statistics().update(x[..., 0, 0], y[..., 0, 0])
+    PositionStatistics().update(x, y)
+    assert torch.equal(x, before[0])
+    assert torch.equal(y, before[1])
+
+
 def test_chunks_change_nothing(monkeypatch):
     x, y, _ = pairs()
     whole = statistics(x, y)
