@@ -28,6 +28,8 @@ from .encoders import Encoder
 
 #: Reading and writing one number costs about as much as this many multiply-adds.
 _MEMORY_COST = 20
+#: Cutting out, keeping and pasting one window costs about as much, beside its memory traffic.
+_WINDOW_COST = 1.5e7
 #: Windows kept for each layer of the chain.
 _CACHE_BYTES = 256 * 2**20
 #: Largest difference of a shared map from the plain one, in units of the map's largest value.
@@ -316,14 +318,18 @@ def plan(
         2.0 * _MEMORY_COST * known[s.layer].channels * known[s.layer].height * known[s.layer].width
         for s in stages
     ]
+    made = [len(found) * _WINDOW_COST for found in windows]
     total = done(max(known[name].order for name in layers))
     # Shortest path from the picture through any chain of stages to the layers wanted.
     best: list[tuple[float, int | None]] = []
     for i in range(len(stages)):
-        options: list[tuple[float, int | None]] = [(needed(i, None) * costs[i], None)]
+        options: list[tuple[float, int | None]] = [(needed(i, None) * costs[i] + made[i], None)]
         options += [
             (
-                best[j][0] + needed(i, j) * (costs[i] - costs[j]) + len(windows[i]) * paste[j],
+                best[j][0]
+                + needed(i, j) * (costs[i] - costs[j])
+                + len(windows[i]) * paste[j]
+                + made[i],
                 j,
             )
             for j in range(i)
