@@ -904,10 +904,6 @@ def fetch_scripts(directory: str | Path) -> Path:
         },
     )
     (folder / "setup.js").write_text(SETUP_JS)
-    # Widgets made with anywidget: its browser side comes with the Python package.
-    anywidget = Path(sys.prefix, "share/jupyter/nbextensions/anywidget/index.js")
-    if anywidget.exists():
-        shutil.copyfile(anywidget, folder / "anywidget.js")
     mark.write_text(wanted)
     return site
 
