@@ -436,7 +436,8 @@ class Sweep:
             # well be that of the whole picture, since nothing of it is used.
             key = (tuple(maps.shape[2:]), maps.device, segment.encoder.mean.dtype)
             if key not in segment._fronts:
-                segment._fronts[key] = segment._front_for(self._chain.empty[depth - 2])
+                front = segment._front_for(self._chain.empty[depth - 2])
+                segment._fronts[key] = front  # pyright: ignore[reportArgumentType]
         values = segment(maps)[layer]
         if values.shape[1] != self._chain.empty[depth - 1].shape[1]:
             raise ValueError(f"a strip before {layer!r} was taken for a map of another layout")

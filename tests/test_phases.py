@@ -1,6 +1,5 @@
 """The short cut gives the features of the plain forward pass, and only where it may be taken."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +8,12 @@ from torch import nn
 
 from fmlib import encoders, phases, shift, taps
 from fmlib.encoders import Encoder
+
+
+@pytest.fixture(autouse=True)
+def _small_networks_are_worth_it(monkeypatch):
+    """Windows of networks of three layers cost more than they save; here they are made anyway."""
+    monkeypatch.setattr(phases, "_WINDOW_COST", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -265,3 +270,25 @@ def test_packaged_encoders_to_five_decimals_of_cosine(name, cutout):
     for name_ in layers:
         cosine = torch.cosine_similarity(short[name_].flatten(1), plain[name_].flatten(1))
         assert float((1 - cosine).max()) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "squeezenet1_1"])
+def test_packaged_encoders_on_the_exhaustive_grid(name, cutout):
+    """The chain for all 100² positions: strips at every side, and windows of every phase."""
+    encoder = encoders.load(name)
+    layer = encoder.recommended[-1]
+    obj = shift.prepare(cutout, 125)
+    everywhere = shift.grid(224, 125, 1).positions
+    generator = torch.Generator().manual_seed(0)
+    some = torch.randperm(len(everywhere), generator=generator)[:16]
+    sample = torch.cat([shift.references(224, 125), everywhere[some]])
+    stages = phases.plan(encoder, [layer], everywhere, size=(125, 125), canvas=224)
+    assert any(sum(edge.share for edge in stage.edges(None)) > 0 for stage in stages)
+    chain = phases.Chain(encoder, [layer], stages, empty=shift.paint("white", 224)[None])
+    found = {}
+    for way in (None, chain):
+        parts = shift.features(encoder, obj, sample, [layer], chain=way, pool="flatten")
+        found[way] = torch.cat([vectors[layer] for _, vectors in parts])
+    torch.testing.assert_close(found[chain], found[None], rtol=1e-3, atol=1e-4)
+    cosine = torch.cosine_similarity(found[chain].double(), found[None].double())
+    assert float((1 - cosine).max()) < 1e-5
