@@ -321,7 +321,8 @@ def interval_lines(
                 # Points of several lines stand side by side, or their bars would hide one another.
                 shift = 0.1 * (k - (len(members) - 1) / 2)
                 bars = np.where(known, np.stack([value - low, high - value]), 0).clip(0)
-                ax.errorbar(places + shift, value, bars, capsize=2, elinewidth=1, ms=4, **look)
+                style = look if join else look | {"ls": "none", "marker": look["marker"] or "_"}
+                ax.errorbar(places + shift, value, bars, capsize=2, elinewidth=1, ms=4, **style)
             else:
                 ax.plot(places, value, color=look["color"], ls=looks[name]["ls"])
                 if known.all():
