@@ -25,8 +25,9 @@ processor time of this process and its workers, and set OMP_WAIT_POLICY=passive,
 not spend it waiting. The error is the largest difference in cosine to the five references from the
 composed way; the straightforward way differs from it by the rounding to 8 bits.
 
-The scaling table runs `shift.sweep` in a process of its own for each line: seconds of the sweep
-and the peak of resident memory (MB) above that of a process that has swept two positions.
+The scaling table runs `shift.sweep` in a process of its own for each line: seconds of the sweep,
+the peak of resident memory during it (MB), how much that is above what the process held before
+(having swept the four corners), and the size of the result.
 Results go to results/benchmarks/shift.json.
 """
 
@@ -121,10 +122,9 @@ def cpu() -> float:
 
 
 def timed(call: Callable[[], Any], clock: Callable[[], float]) -> tuple[Any, float]:
-    gc.collect()  # workers of an earlier loader end here, not in the time of another
+    gc.collect()  # what an earlier call left behind is not paid for in this one
     start = clock()
     result = call()
-    gc.collect()
     return result, clock() - start
 
 
@@ -222,7 +222,7 @@ def measure(
             "setup_seconds": setup[stride],
             "positions_per_second": rate,
             "ratio": {way: rate[way] / rate["straightforward"] for way in rate},
-            "sharing_gain": rate["shared"] / rate["optimised"],
+            "gain": {"sharing": rate["shared"] / rate["optimised"]},
             "error": {
                 way: float((cosines(value, value[:5]) - expected).abs().max())
                 for way, value in found.items()
@@ -243,19 +243,32 @@ def measure(
 # ---------------------------------------------------------------------------------------- scaling
 
 
+def memory(*, reset: bool = False) -> tuple[float, float]:
+    """Resident memory now and at its peak, in MB; the peak since the last reset, on Linux."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        return peak, peak
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+    now, peak = (float(lines[name].split()[0]) / 1e3 for name in ("VmRSS", "VmHWM"))
+    return now, peak
+
+
 def one(stride: int, objects: int, layers: int, clock: Callable[[], float]) -> None:
     """In a process of its own: print the seconds of a sweep, and peaks before and after it."""
-    import resource
-
-    unit = 1e6 if sys.platform == "darwin" else 1e3
     encoder = encoders.load("squeezenet1_1")
     cutouts = images.load("objects", limit=objects)
     chosen = list(encoder.recommended[-layers:])
     shift.sweep(encoder, cutouts.select([0]), chosen, size=SIZE, stride=99, span=1)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    gc.collect()
+    before, _ = memory(reset=True)
     run = functools.partial(shift.sweep, encoder, cutouts, chosen, size=SIZE, stride=stride, span=1)
     maps, seconds = timed(run, clock)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    _, after = memory()
     result = sum(x.cosine.nbytes for x in maps.values()) / 1e6
     print(json.dumps([seconds, after, after - before, result]))
 
@@ -276,7 +289,7 @@ def scaling(arguments: list[str]) -> list[dict[str, Any]]:
                 "layers": layers,
                 "seconds": seconds,
                 "peak_mb": peak,
-                "above_two_positions_mb": above,
+                "above_start_mb": above,
                 "result_mb": result,
             }
         )

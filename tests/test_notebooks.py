@@ -82,6 +82,11 @@ INVARIANTS: dict[str, dict[str, Callable[[Values], bool]]] = {
         "less so on the scale of other objects": lambda m: (
             max(of(m, "displacement_", random=False)) < min(of(m, "displacement_", random=True))
         ),
+        "for small objects as for large ones": lambda m: all(
+            max(of(m, name, random=False)) < min(of(m, name, random=True))
+            for name in ("large_displacement_", "small_displacement_")
+        ),
+        "a share of variance is one": lambda m: 0 <= m["class_share"] <= 1,
     },
     "11_position_probe": {
         "accuracies are shares": lambda m: all(
