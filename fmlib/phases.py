@@ -30,8 +30,8 @@ from .encoders import Encoder
 _MEMORY_COST = 20
 #: Cutting out, keeping and pasting one window costs about as much, beside its memory traffic.
 _WINDOW_COST = 1.5e7
-#: Windows kept for each layer of the chain.
-_CACHE_BYTES = 256 * 2**20
+#: Windows kept for each layer of the chain: enough for all phases of a stride-1 grid's rows.
+_CACHE_BYTES = 128 * 2**20
 #: Largest difference of a shared map from the plain one, in units of the map's largest value.
 _TOLERANCE = 1e-4
 _BORDER = (nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d)
