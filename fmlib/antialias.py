@@ -205,9 +205,9 @@ class PolyphaseSampler(Subsampler):
 
     padding_mode = "circular"
 
-    def __init__(self, layer: nn.Module, name: str, *, phases: _Phases) -> None:
+    def __init__(self, layer: nn.Module, name: str, *, phases: _Phases | None) -> None:
         super().__init__(layer, name)
-        self.phases = phases
+        self.phases = phases  # None: always the first component
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C, H/s, W/s); ``ValueError`` where s does not divide H or W."""
@@ -220,6 +220,8 @@ class PolyphaseSampler(Subsampler):
                 f"adaptive polyphase sampling at {self.name!r} needs a map whose sides are"
                 f" multiples of {sy}×{sx}, got {height}×{width}: choose another image size"
             )
+        if self.phases is None:
+            return x[:, :, ::sy, ::sx]
         key = (height, width, sy, sx)
         if key not in self.phases.chosen or len(self.phases.chosen[key]) != n:
             energies = [
@@ -286,7 +288,7 @@ def blurpool(
     return changed
 
 
-def polyphase(encoder: Encoder) -> Encoder:
+def polyphase(encoder: Encoder, *, adaptive: bool = True) -> Encoder:
     """A copy of ``encoder`` with circular padding and adaptive polyphase sampling at every stride.
 
     With a global pooling at its end such a network gives the same output for every circular shift
@@ -301,14 +303,15 @@ def polyphase(encoder: Encoder) -> Encoder:
             f"{encoder.name} adds position embeddings to patches: circular padding cannot make it"
             " shift-consistent; choose a convolutional encoder"
         )
-    changed = _operated(encoder, "polyphase")
-    phases = _Phases()
+    changed = _operated(encoder, "polyphase" if adaptive else "circular")
+    phases = _Phases() if adaptive else None
     for name, module in list(changed.net.named_modules()):
         spatial = isinstance(module, (nn.Conv2d, *_POOLS)) and max(_pair(module.kernel_size)) > 1
         strides = isinstance(module, (nn.Conv2d, *_POOLS)) and max(_pair(module.stride)) > 1
         if spatial or strides:
             _replace(changed.net, name, PolyphaseSampler(module, name, phases=phases))
-    changed.net.register_forward_pre_hook(phases.reset)
+    if phases is not None:
+        changed.net.register_forward_pre_hook(phases.reset)
     changed.input_size = _divisible(changed)
     return changed
 
@@ -663,7 +666,12 @@ def load_twin(
 
 
 #: Original -> kernel and sha256 of the trained twin's file in ``weights`` of the data folder.
-_TWINS: dict[str, tuple[str, str]] = {}
+_TWINS: dict[str, tuple[str, str]] = {
+    "squeezenet1_1": (
+        "tri3",
+        "3bce4e323c5ebb39b69761b506326415dee1772f163ff55dc092362ab79fa793",
+    ),
+}
 
 
 def twins() -> tuple[str, ...]:

@@ -135,6 +135,14 @@ def test_polyphase_is_exactly_consistent_under_circular_shifts(name, random_imag
     assert moved_plain, "the untouched network must not pass the same check"
 
 
+def test_circular_padding_alone_is_exact_for_whole_strides_only(random_image_batch):
+    changed = antialias.polyphase(strided_net(), adaptive=False)
+    reference = changed(random_image_batch)
+    torch.testing.assert_close(changed(random_image_batch.roll((16, 8), (-2, -1))), reference)
+    moved = changed(random_image_batch.roll((3, 5), (-2, -1)))
+    assert float((moved - reference).abs().max() / reference.abs().max()) > 1e-3
+
+
 def test_polyphase_names_the_layer_that_does_not_divide(random_image_batch):
     changed = antialias.polyphase(strided_net())
     with pytest.raises(ValueError, match=r"'4'.*multiples of 2×2, got 15×15"):
@@ -390,3 +398,40 @@ def test_fidelity_counts_agreement_and_right_answers(random_image_batch):
 def test_an_encoder_without_a_twin_is_told_so():
     with pytest.raises(ValueError, match="no trained twin of 'resnet18'"):
         antialias.twin("resnet18")
+
+
+@pytest.mark.parametrize("name", antialias.twins())
+def test_the_shipped_twin_is_whole_and_calmer(name, monkeypatch, tmp_path):
+    twin = antialias.twin(name)
+    original = encoders.load(name)
+    assert twin.name == f"twin-tri3:{name}"
+    assert sorted(antialias.strided(twin)) == sorted(
+        f"{layer}.layer" for layer in antialias.strided(original)
+    )
+    assert all(
+        isinstance(twin.net.get_submodule(layer), antialias.BlurPool)
+        for layer in antialias.strided(original)
+    )
+    pictures = images.load("photos").split(antialias.TRAIN_FRACTION, seed=antialias.TRAIN_SEED)[1]
+    batches = list(pictures.select(range(24)).batches(160, 8))
+    surgery = antialias.blurpool(original)
+    kept = [antialias.fidelity(e, original, batches).same.mean() for e in (twin, surgery)]
+    assert kept[0] > kept[1]
+
+    card = store.read_json(antialias.twin_path(name).with_suffix(".json"))
+    assert card["images_hash"]
+    assert card["settings"]["steps"] > 0
+    monkeypatch.setitem(antialias._TWINS, name, ("tri3", "0" * 64))
+    with pytest.raises(ValueError, match="not the file this project was checked with"):
+        antialias.twin(name)
+    monkeypatch.setenv("FMLIB_DATA", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="fetch the data folder"):
+        antialias.twin(name)
+
+
+def test_shipped_weights_are_listed_and_small():
+    folder = images.data_root() / "weights"
+    listed = {antialias.twin_path(name) for name in antialias.twins()}
+    assert {path for path in folder.iterdir() if path.suffix != ".json"} == listed
+    assert {path.with_suffix(".json") for path in listed} == set(folder.glob("*.json"))
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 10_000_000
