@@ -202,7 +202,7 @@ def obstacle(encoder: Encoder, *, canvas: int) -> str | None:
 
     Padding by reflection, repetition or wrapping shows an object to units that, away from the
     border, would not see it; rolling does too. (Padding by a constant of any value does not: a unit
-    that sees it is near the border, where nothing is shared.) What such a list cannot know,
+    that sees it is at the border, and computed for itself.) What such a list cannot know,
     features that depend on the place or on the whole picture's values, :func:`plan` finds by
     comparing maps.
     """
