@@ -152,6 +152,18 @@ INVARIANTS: dict[str, dict[str, Callable[[Values], bool]]] = {
             min(of(m, "pairs_cosine_", random=True)) > max(of(m, "pairs_cosine_", random=False))
         ),
     },
+    "20_edits": {
+        "saving again moves features least": lambda m: (
+            m["moved_jpeg_95_squeezenet1_1"] == min(of(m, "moved_", random=False))
+        ),
+        "a quarter turn moves them most": lambda m: (
+            m["moved_rotation_90_squeezenet1_1"] == max(of(m, "moved_", random=False))
+        ),
+        "a share is at most one": lambda m: max(of(m, "common_")) <= 1,
+        "what is outside an object moves less, but it moves": lambda m: all(
+            0 < x < 1 for x in of(m, "spread_")
+        ),
+    },
     "90_explore_shifts": {
         "the least pair is below the mean": lambda m: 0 < m["least_pair"] < m["pairs_cosine"] < 1,
     },
