@@ -32,6 +32,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("encoder", choices=list(LAYERS))
     parser.add_argument("output", type=Path, help="safetensors file of the twin")
+    parser.add_argument("--start", type=Path, help="twin to go on from, instead of surgery")
     parser.add_argument("--checkpoint", type=Path, help="to resume from, if it exists")
     parser.add_argument("--kernel", default="tri3", choices=list(antialias.KERNELS))
     parser.add_argument(
@@ -128,13 +129,17 @@ def main() -> None:
         save_every=25,
     )
     # channels-last copies: the same networks, trained in half the time
-    student = extract.optimise(surgery, fold_batch_norm=False)
+    start = surgery
+    if given.start:
+        start, _ = antialias.load_twin(given.start, teacher, kernel=given.kernel)
+    student = extract.optimise(start, fold_batch_norm=False)
     fast = extract.optimise(teacher, keep=config.layers)
     losses = antialias.distil(
         student, fast, pictures, config, checkpoint=given.checkpoint, progress=True
     )
     card = {
         "settings": dataclasses.asdict(config),
+        "started_from": store.sha256_file(given.start) if given.start else "surgery",
         "images": {part.name.partition(":")[0]: len(part) for part in parts},
         "images_hash": pictures.hash,
         "loss_first_and_last_25_steps": [sum(x) / len(x) for x in (losses[:25], losses[-25:])],
