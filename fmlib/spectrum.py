@@ -417,8 +417,10 @@ def _canonical(
 
     Where no unit that sees the object also sees the border, moving the object by a whole stride
     moves the map by one unit and leaves its mean as it is. Only layers with at most half as many
-    such positions as there are in all.
+    such positions as there are in all; none where the network's padding forbids it.
     """
+    if phases.obstacle(encoder, canvas=canvas):
+        return {}
     known = taps.trace(encoder, size=canvas)
     result = {}
     for layer, seen in taps.spans(encoder, layers, size=canvas).items():

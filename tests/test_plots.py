@@ -182,6 +182,6 @@ def test_panels_share_their_vertical_axis_unless_told_not_to(share):
 def test_named_points_are_joined_only_if_their_order_says_something(join):
     panel = plots.Panel(["one", "two"], {"a": interval(0.1, 0.2)}, {"floor": interval(0.0, 0.1)})
     fig = plots.interval_lines({"": panel}, xlabel="edit", ylabel="way", join=join)
-    data = [line for line in fig.axes[0].lines if len(line.get_xdata()) == 2]
+    data = [line for line in fig.axes[0].lines if np.size(line.get_xdata()) == 2]
     joined = [line.get_linestyle() not in ("None", "none", "") for line in data if line.get_label()]
     assert any(joined) is join

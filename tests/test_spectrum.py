@@ -513,3 +513,20 @@ def test_shared_early_layers_of_a_packaged_encoder(squeezenet: encoders.Encoder)
     for layer in layers:
         torch.testing.assert_close(shared[layer].cosine, plain[layer].cosine, rtol=0, atol=1e-5)
     assert [shared[layer].stride for layer in layers] == [2, 4, 8]
+
+
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+def test_positions_stand_for_one_another_only_where_padding_lets_them(mode):
+    """Around a torus the object is seen at both borders: no position is an interior one."""
+    encoder = net(2, 1, 2)
+    for module in encoder.net.modules():
+        if isinstance(module, nn.Conv2d):
+            module.padding_mode = mode
+            module._reversed_padding_repeated_twice = [1, 1, 1, 1]
+    options = {"size": 20, "canvas": 88, "background": "#a0b0c0", "length": 64}
+    shared = spectrum.scan(encoder, cutouts(1), ["5"], **options)["5"]
+    alone = spectrum.scan(encoder, cutouts(1), ["5"], share=False, **options)["5"]
+    torch.testing.assert_close(shared.cosine, alone.cosine, rtol=0, atol=1e-5)
+    centre = torch.cartesian_prod(torch.arange(30, 50), torch.arange(30, 50))
+    stand = spectrum._canonical(encoder, ["5"], centre, size=20, canvas=88)
+    assert bool(stand) is (mode == "zeros")
