@@ -669,7 +669,7 @@ def load_twin(
 _TWINS: dict[str, tuple[str, str]] = {
     "squeezenet1_1": (
         "tri3",
-        "3bce4e323c5ebb39b69761b506326415dee1772f163ff55dc092362ab79fa793",
+        "e9a7f3e200f4069894cba11778517e11e3852ef298346f5dba4bb541579ac459",
     ),
 }
 
