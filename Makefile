@@ -45,8 +45,8 @@ lock: $(READY)  ## resolve every version and hash anew
 	$(BIN)/uv pip compile pyproject.toml --group test --group lint --group lab --universal \
 	  --python-version 3.11 --generate-hashes --no-header --no-annotate --upgrade --quiet -o requirements.lock
 
-reference: book  ## keep the numbers of this profile's runs in results/reference
-	@for run in _build/runs/$(PROFILE)/*/; do \
+reference: book  ## keep the numbers of this profile's runs in results/reference (live notebooks have none)
+	@for run in _build/runs/$(PROFILE)/[0-8]*/; do \
 	  kept=results/reference/$(PROFILE)/$$(basename $$run); \
 	  mkdir -p $$kept && cp $$run/metrics.json $$run/manifest.json $$kept/ && echo $$kept; \
 	done
