@@ -8,7 +8,6 @@ Strodthoff (2026) leave to pictures. Here is the algebra; the maps come from :mo
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import stats
+from .errors import unknown
 from .maps import Action, AffineMap, GridAction, Origin
 
 __all__ = [
@@ -38,11 +38,6 @@ def _named(action: Action, purpose: str) -> GridAction:
     return action
 
 
-def _wide(x: Tensor) -> Tensor:
-    """In float64, on a device that has it."""
-    return x.to("cpu" if x.device.type == "mps" else x.device, torch.float64)
-
-
 def _eye(like: Tensor) -> Tensor:
     return torch.eye(len(like), dtype=like.dtype, device=like.device)
 
@@ -50,9 +45,7 @@ def _eye(like: Tensor) -> Tensor:
 def _check_negative(negative: str) -> None:
     choices = ("error", "real_part")
     if negative not in choices:
-        close = difflib.get_close_matches(str(negative), choices, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"unknown negative {negative!r}: error, real_part{hint}")
+        raise unknown("negative", negative, choices)
 
 
 # ---------------------------------------------------------------------------------------- spectra
@@ -79,7 +72,7 @@ def spectrum(fitted: AffineMap | Tensor) -> Spectrum:
     Raises:
         ValueError: a matrix that is zero or not finite.
     """
-    matrix = _wide(fitted.matrix if isinstance(fitted, AffineMap) else fitted)
+    matrix = stats.float64(fitted.matrix if isinstance(fitted, AffineMap) else fitted)
     if matrix.ndim != 2 or not bool(torch.isfinite(matrix).all()) or not bool(matrix.any()):
         raise ValueError(f"W must be a finite matrix other than 0, not {tuple(matrix.shape)}")
     values = torch.linalg.svdvals(matrix)
@@ -108,8 +101,8 @@ def contributions(fitted: AffineMap, x: Tensor) -> dict[str, Tensor]:
     Raises:
         ValueError: as `FeatureMap.apply`.
     """
-    bias = fitted.bias.to(_wide(x).device)
-    product = replace(fitted, bias=torch.zeros_like(bias)).apply(_wide(x))
+    bias = fitted.bias.to(stats.float64(x).device)
+    product = replace(fitted, bias=torch.zeros_like(bias)).apply(stats.float64(x))
     product = product[:, :, None, None] if product.ndim == 2 else product
     length, constant = product.norm(dim=1), bias.norm().expand(len(x)).clone()
     share = length / (length + bias.norm()).clamp(min=1e-300)

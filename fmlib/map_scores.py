@@ -9,9 +9,8 @@ Intervals are over images: `stats.bootstrap` takes what is returned.
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import stats
+from .errors import unknown
 
 __all__ = [
     "Agreement",
@@ -31,18 +31,6 @@ __all__ = [
     "score",
     "semantics",
 ]
-
-
-def _unknown(what: str, given: object, choices: Iterable[str]) -> ValueError:
-    choices = list(choices)
-    close = difflib.get_close_matches(str(given), choices, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return ValueError(f"unknown {what} {given!r}: {', '.join(choices)}{hint}")
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In float64, on a device that has it."""
-    return x.to("cpu" if x.device.type == "mps" else x.device, torch.float64)
 
 
 def _alike(**features: Tensor) -> None:
@@ -118,7 +106,7 @@ class Scores:
 
     def _where(self, where: str) -> Tensor:
         if where not in ("all", "inside", "outside"):
-            raise _unknown("region", where, ["all", "inside", "outside"])
+            raise unknown("region", where, ["all", "inside", "outside"])
         if where == "all":
             return torch.ones_like(self.squared, dtype=torch.bool)
         if self.mask is None:
@@ -159,7 +147,7 @@ class Scores:
             ordered = torch.where(keep, self.cosine.flatten(1), torch.inf).sort(1).values
             middle = ordered.gather(1, (counts // 2).clamp(max=keep.shape[1] - 1)[:, None])[:, 0]
             return torch.where(counts > 0, middle, nothing)
-        raise _unknown("measure", measure, ["error", "r2", "mean_cosine", "median_cosine"])
+        raise unknown("measure", measure, ["error", "r2", "mean_cosine", "median_cosine"])
 
     def per_position(self) -> Tensor:
         """(H, W) R² of every position over images.
@@ -193,11 +181,14 @@ def score(
     _alike(prediction=prediction, target=target)
     if target.ndim == 2:
         prediction, target = prediction[:, :, None, None], target[:, :, None, None]
-    wide_prediction, wide_target = _wide(prediction.detach()), _wide(target.detach())
+    wide_prediction, wide_target = (
+        stats.float64(prediction.detach()),
+        stats.float64(target.detach()),
+    )
     if floor is None:
         base = wide_target.mean((0, 2, 3), keepdim=True)
     else:
-        base = _wide(floor.detach()).to(wide_target.device)
+        base = stats.float64(floor.detach()).to(wide_target.device)
         base = base[None, :, None, None] if base.ndim == 1 else base
         base = base[:, :, None, None] if base.ndim == 2 else base
         if base.ndim != 4 or base.shape[1] != target.shape[1]:
@@ -246,7 +237,7 @@ def agreement(reference: Tensor, candidate: Tensor) -> Agreement:
         )
     if not bool(torch.isfinite(reference).all() and torch.isfinite(candidate).all()):
         raise ValueError("the logits are not finite")
-    p, q = _wide(reference).softmax(1), _wide(candidate).softmax(1)
+    p, q = stats.float64(reference).softmax(1), stats.float64(candidate).softmax(1)
     best = p.argmax(1, keepdim=True)
     ranks = q.topk(min(5, q.shape[1]), 1).indices
     divergence = _entropy((p + q) / 2) - (_entropy(p) + _entropy(q)) / 2

@@ -19,7 +19,6 @@ powers, commutators) in :mod:`map_algebra`.
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import re
@@ -31,8 +30,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import store
+from . import stats, store
 from .encoders import Encoder
+from .errors import unknown
 
 __all__ = [
     "CLOSED_FORM",
@@ -71,13 +71,6 @@ __all__ = [
 ]
 
 _NUMBERS = 1 << 23  # turned into float64 at once, 64 MB
-
-
-def _unknown(what: str, given: object, choices: Iterable[str]) -> ValueError:
-    choices = list(choices)
-    close = difflib.get_close_matches(str(given), choices, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return ValueError(f"unknown {what} {given!r}: {', '.join(choices)}{hint}")
 
 
 # ------------------------------------------------------------------------------- 1. grid actions
@@ -195,7 +188,7 @@ def grid_action(name: str | Action | None) -> Any:
         elif step in _ACTIONS:
             first = _ACTIONS[step]
         else:
-            raise _unknown("grid action", step, [*_ACTIONS, "shift(down,right)"])
+            raise unknown("grid action", step, [*_ACTIONS, "shift(down,right)"])
         action = first.after(action)
     return action
 
@@ -341,11 +334,6 @@ def _pair(x: Tensor, y: Tensor, action: Action) -> tuple[Tensor, Tensor]:
             f"{y.shape[2]}x{y.shape[3]}"
         )
     return x.detach(), y.detach()
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In float64, on a device that has it."""
-    return x.to("cpu" if x.device.type == "mps" else x.device, torch.float64)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -924,7 +912,7 @@ def ridge_path(
         ValueError: no images, images of one fold only, bad penalties, an unknown `select`.
     """
     if select not in ("folds", "gcv"):
-        raise _unknown("select", select, ["folds", "gcv"])
+        raise unknown("select", select, ["folds", "gcv"])
     sample = _Sample.of(statistics)
     values = penalties(sample.moments) if gammas is None else _check_penalties(gammas)
     eigen = _Eigen.of(sample.moments)
@@ -1046,7 +1034,7 @@ def linear(statistics: Statistics | Moments, *, rank_deficient: str = "minimum_n
         ValueError: singular statistics under `rank_deficient="error"`.
     """
     if rank_deficient not in ("minimum_norm", "error"):
-        raise _unknown("rank_deficient", rank_deficient, ["minimum_norm", "error"])
+        raise unknown("rank_deficient", rank_deficient, ["minimum_norm", "error"])
     sample = _Sample.of(statistics)
     eigen = _Eigen.of(sample.moments)
     directions, width = int(eigen.present.sum()), len(eigen.d)
@@ -1285,7 +1273,7 @@ class PositionStatistics:
                 f"{size:.3g} GB of statistics, more than {self.max_gigabytes:g}: take a deeper "
                 "layer with a smaller grid, or raise max_gigabytes"
             )
-        wide_x, wide_y = (_wide(v).flatten(2).permute(2, 0, 1) for v in (x, y))  # (P, N, C)
+        wide_x, wide_y = (stats.float64(v).flatten(2).permute(2, 0, 1) for v in (x, y))  # (P, N, C)
         if not self.images:
             places, zero = grid[0] * grid[1], wide_x.new_zeros
             self.grid = grid
@@ -1427,7 +1415,7 @@ def fit(
             family, *data, grid_action=grid_action, origin=origin, groups=groups, **options
         )
     if family not in CLOSED_FORM:
-        raise _unknown("family", family, [*CLOSED_FORM, *TRAINED])
+        raise unknown("family", family, [*CLOSED_FORM, *TRAINED])
     local = family == "position_specific"
     if isinstance(data, tuple):
         x, y = data

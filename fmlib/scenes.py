@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from . import extract, shift, taps
+from . import extract, shift, stats, taps
 from .encoders import Encoder
 
 __all__ = [
@@ -542,9 +542,7 @@ def _pooled(maps: Tensor, pool: Pool) -> Tensor:
 
 def _unit(values: Tensor) -> Tensor:
     """Rows of length one, in float64: rounding must not show in cosines next to 1."""
-    if values.device.type == "mps":  # has no float64
-        values = values.cpu()
-    return F.normalize(values.double(), dim=1)
+    return F.normalize(stats.float64(values), dim=1)
 
 
 def _names(layers: Sequence[str]) -> list[str]:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from . import extract, phases, store, taps
+from . import extract, phases, stats, store, taps
 from .encoders import Encoder
 
 __all__ = [
@@ -407,14 +407,9 @@ def _checked(
     return layers, ground
 
 
-def _wide(vectors: Tensor) -> Tensor:
-    """In float64, on the CPU where the device has none."""
-    return (vectors.cpu() if vectors.device.type == "mps" else vectors).double()
-
-
 def _unit(vectors: Tensor) -> Tensor:
     """Rows of length one, in float64: rounding must not show in cosines next to 1."""
-    return F.normalize(_wide(vectors), dim=1)
+    return F.normalize(stats.float64(vectors), dim=1)
 
 
 def _layers(layers: Sequence[str]) -> list[str]:
@@ -488,7 +483,7 @@ class Moments:
 
     def update(self, index: Tensor, vectors: Tensor) -> None:
         """Take in the vectors (B, D) of the positions `index` (B,)."""
-        x = _wide(vectors)
+        x = stats.float64(vectors)
         count, mean = len(index), x.mean(0)
         squares = (x - mean).square().sum(0)
         if self._count:

@@ -235,6 +235,11 @@ def paired_difference(
 # ------------------------------------------------------------------------------- error measures
 
 
+def float64(x: torch.Tensor) -> torch.Tensor:
+    """The values in float64, on the CPU where their device (MPS) has none."""
+    return x.to("cpu" if x.device.type == "mps" else x.device, torch.float64)
+
+
 def _wide(x: torch.Tensor) -> torch.Tensor:
     """In float64 where the device has it: sums over 10⁵ and more entries follow."""
     return x.to(torch.float32 if x.device.type == "mps" else torch.float64)

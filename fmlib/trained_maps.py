@@ -16,7 +16,6 @@ order of its own, and an image's source is wholly in training or wholly in valid
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 from collections.abc import Sequence
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import store
+from .errors import unknown
 from .maps import Action, FeatureMap, Origin, grid_action
 
 __all__ = [
@@ -60,12 +60,6 @@ _as_action = grid_action
 
 class DivergedError(RuntimeError):
     """The loss was no longer a finite number; the message says where and what to try."""
-
-
-def _unknown(what: str, given: object, choices: Sequence[str]) -> ValueError:
-    close = difflib.get_close_matches(str(given), choices, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return ValueError(f"unknown {what} {given!r}: {', '.join(choices)}{hint}")
 
 
 # --------------------------------------------------------------------------------- architectures
@@ -178,9 +172,9 @@ def architecture(
         ValueError: an unknown family or positions, a width that heads (or 4) do not divide.
     """
     if family not in FAMILIES:
-        raise _unknown("family", family, FAMILIES)
+        raise unknown("family", family, FAMILIES)
     if positions not in POSITIONS:
-        raise _unknown("positions", positions, POSITIONS)
+        raise unknown("positions", positions, POSITIONS)
     if positions != "none" and family != "transformer":
         raise ValueError(f"positions are for the transformer, not for {family}")
     if family == "transformer" and width % heads:
@@ -273,7 +267,7 @@ class TrainingConfig:
         if not (self.factor < 1 and self.validation_share < 1):
             raise ValueError("factor and validation_share must be below 1")
         if self.precision not in _PRECISIONS:
-            raise _unknown("precision", self.precision, list(_PRECISIONS))
+            raise unknown("precision", self.precision, list(_PRECISIONS))
         if self.scheduler_patience is not None and not (
             0 <= self.scheduler_patience < self.patience - 1
         ):
