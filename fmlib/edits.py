@@ -31,6 +31,7 @@ from torch import Tensor
 
 from . import images as image_sets
 from . import shift
+from .grids import Action, GridAction
 from .images import ImageSet
 
 __all__ = [
@@ -260,7 +261,7 @@ _KINDS: dict[str, _Kind] = {
     ),
     "mirror": _Kind(
         "geometric", "horizontal", _name("horizontal", "vertical"), "direction", None,
-        apply=_mirror, grid=_mirror,
+        apply=_mirror,
     ),
     "scale": _Kind(
         "geometric", 1.25, _FACTOR, "factor about the centre", 1.0,
@@ -351,13 +352,18 @@ class Edit:
         return self.at(invert(float(self.value)))
 
     @property
-    def grid_action(self) -> Callable[[Tensor], Tensor] | None:
+    def grid_action(self) -> Action | None:
         """What the edit does to places, as a function of feature maps (N, C, H, W); or None.
 
         An equivariant layer's features of the edited picture are its features of the picture, moved
-        so. A permutation of units for mirrors, rotations by multiples of 90° (on square grids) and
-        translations by whole units; bilinear resampling with mirrored borders otherwise.
+        so. Mirrors and rotations by multiples of 90° are a `GridAction`, with which maps can be
+        saved and composed. Others resample, with mirrored borders as in the picture (a translation
+        by whole units copies).
         """
+        if self.kind == "mirror":
+            return GridAction(turns=0 if self.value == "horizontal" else 2, mirror=True)
+        if self.kind == "rotation" and float(self.value) % 90 == 0:
+            return GridAction(turns=int(float(self.value) // 90))
         grid = _KINDS[self.kind].grid
         return None if grid is None else lambda features: grid(features, self.value)
 
@@ -423,14 +429,72 @@ def _made(kind: str, value: Value | None) -> Edit:
         raise ValueError(f"the value of {kind} ({known.unit}) {error}") from None
 
 
-def make(text: str) -> Edit:
+@dataclass(frozen=True)
+class Composite:
+    """Edits done one after another, from left to right; made by :func:`make`."""
+
+    steps: tuple[Edit, ...]
+
+    @property
+    def name(self) -> str:
+        """The names of the steps with a ``+`` between them, what :func:`make` reads."""
+        return "+".join(step.name for step in self.steps)
+
+    @property
+    def random(self) -> bool:
+        """Whether any step is."""
+        return any(step.random for step in self.steps)
+
+    def inverse(self) -> Composite | None:
+        """The inverses in the other order; None where a step has none."""
+        undone = [step.inverse() for step in reversed(self.steps)]
+        known = tuple(step for step in undone if step is not None)
+        return Composite(known) if len(known) == len(undone) else None
+
+    @property
+    def grid_action(self) -> Action | None:
+        """What all steps do to places, as `Edit.grid_action`; None where none does anything."""
+        actions = [step.grid_action for step in self.steps if step.grid_action is not None]
+        result = actions[0] if actions else None
+        for action in actions[1:]:
+            result = _after(action, result)
+        return result
+
+    def __call__(
+        self, images: Tensor, *, ids: Sequence[int | str] | None = None, seed: int = 0
+    ) -> Tensor:
+        """The edited pictures; arguments and errors as for `Edit`."""
+        for step in self.steps:
+            images = step(images, ids=ids, seed=seed)
+        return images
+
+    def region(
+        self, images: Tensor, *, ids: Sequence[int | str] | None = None, seed: int = 0
+    ) -> Tensor | None:
+        """None: steps move what earlier ones replaced."""
+        return None
+
+
+def _after(second: Action, first: Any) -> Action:
+    if isinstance(second, GridAction) and isinstance(first, GridAction):
+        return second.after(first)
+    return lambda features: second(first(features))
+
+
+def make(text: str) -> Edit | Composite:
     """An edit by its name, ``kind`` (at its default value) or ``kind:value``.
+
+    Several with a ``+`` between them are done one after another, from left to right:
+    ``hue:60+mirror:horizontal``.
 
     Raises:
         ValueError: an unknown kind or a value that it does not take, with those that it does.
     """
-    kind, colon, value = text.partition(":")
-    return _made(kind.strip(), value.strip() if colon else None)
+    steps = []
+    for step in text.split("+"):
+        kind, colon, value = step.partition(":")
+        steps.append(_made(kind.strip(), value.strip() if colon else None))
+    return steps[0] if len(steps) == 1 else Composite(tuple(steps))
 
 
 def catalogue() -> pd.DataFrame:

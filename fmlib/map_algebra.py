@@ -16,7 +16,8 @@ from torch import Tensor
 
 from . import stats
 from .errors import unknown
-from .maps import Action, AffineMap, GridAction, Origin
+from .grids import GridAction, named_action
+from .maps import AffineMap, Origin
 
 __all__ = [
     "Spectrum",
@@ -30,12 +31,6 @@ __all__ = [
     "power",
     "spectrum",
 ]
-
-
-def _named(action: Action, purpose: str) -> GridAction:
-    if not isinstance(action, GridAction):
-        raise ValueError(f"a map whose grid action is a function cannot be {purpose}: name it")
-    return action
 
 
 def _eye(like: Tensor) -> Tensor:
@@ -141,8 +136,8 @@ def compose(outer: AffineMap, inner: AffineMap) -> AffineMap:
     Raises:
         ValueError: widths that do not meet, or grid actions that are mere functions.
     """
-    second = _named(outer.grid_action, "composed")
-    first = _named(inner.grid_action, "composed")
+    second = named_action(outer.grid_action, "composed")
+    first = named_action(inner.grid_action, "composed")
     if outer.matrix.shape[1] != inner.matrix.shape[0]:
         raise ValueError(
             f"outer takes {outer.matrix.shape[1]} channels, inner gives {inner.matrix.shape[0]}"
@@ -166,7 +161,7 @@ def inverse(fitted: AffineMap, *, rcond: float = 1e-6) -> AffineMap:
     Raises:
         ValueError: a grid action that is a mere function.
     """
-    action = _named(fitted.grid_action, "inverted").inverse()
+    action = named_action(fitted.grid_action, "inverted").inverse()
     values = torch.linalg.svdvals(fitted.matrix)
     weight = torch.linalg.pinv(fitted.matrix, rtol=rcond)
     rank = int((values > rcond * values[0]).sum())

@@ -4,14 +4,14 @@ An encoder's layer turns a picture into features x (C, H, W), and the edited pic
 edits act on features like a simple map, y ≈ f(x), the same at every position? (Krey, Neukirch &
 Strodthoff 2026.) This module reads in the order of the question:
 
-1. *grid actions*: what a rotation or mirror of the picture does to the positions of the grid;
-2. *statistics*: means and covariances of (x, y), streamed, all that a linear fit ever needs;
-3. *maps*, and their *closed-form fits*: additive, linear, ridge, reduced rank, Procrustes, ...;
-4. *errors* on other pairs, from their statistics alone;
-5. *floors and ceilings*, between which an error is to be read.
+1. *statistics*: means and covariances of (x, y), streamed, all that a linear fit ever needs;
+2. *maps*, and their *closed-form fits*: additive, linear, ridge, reduced rank, Procrustes, ...;
+3. *errors* on other pairs, from their statistics alone;
+4. *floors and ceilings*, between which an error is to be read.
 
 Throughout, x is a column vector of C channels at one position, and W acts from the left:
-y ≈ W x + b. Means are x̄, ȳ, and S_xy = Σ (x − x̄)(y − ȳ)ᵀ over all positions of all images.
+y ≈ W x + b. What an edit does to places is done to x first (:mod:`grids`). Means are x̄, ȳ,
+and S_xy = Σ (x − x̄)(y − ȳ)ᵀ over all positions of all images.
 Maps that are trained step by step (MLP, CNN, transformer) are in :mod:`trained_maps`, scores for
 each image in :mod:`map_scores`, and what can be computed with linear maps (spectra, composition,
 powers, commutators) in :mod:`map_algebra`.
@@ -21,8 +21,7 @@ from __future__ import annotations
 
 import math
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -33,13 +32,14 @@ from torch import Tensor
 from . import stats, store
 from .encoders import Encoder
 from .errors import unknown
+from .grids import Action, GridAction, named_action
+from .grids import grid_action as _as_action
 
 __all__ = [
     "CLOSED_FORM",
     "TRAINED",
     "AffineMap",
     "FeatureMap",
-    "GridAction",
     "Moments",
     "NeighbourMap",
     "Origin",
@@ -53,7 +53,6 @@ __all__ = [
     "explained",
     "fit",
     "floors",
-    "grid_action",
     "identity",
     "leave_one_image_out",
     "linear",
@@ -67,143 +66,14 @@ __all__ = [
     "reduced_rank",
     "ridge",
     "ridge_path",
+    "ridge_paths",
     "squared_error",
 ]
 
 _NUMBERS = 1 << 23  # turned into float64 at once, 64 MB
 
 
-# ------------------------------------------------------------------------------- 1. grid actions
-
-
-@dataclass(frozen=True)
-class GridAction:
-    """A permutation of the positions of a feature grid: what a geometric edit does to them.
-
-    In this order: mirror left-right, turn by `turns` quarter turns counter-clockwise, move by
-    `shift` units (down, right). A move wraps around, as it must to lose nothing: where the edited
-    picture shows a border instead, the grid action is wrong in the strip that came around.
-
-    These actions form a group, so that any sequence of them is one of them again (`after`), and
-    each has an `inverse`. A map that is shared by all positions commutes with all of them.
-    """
-
-    turns: int = 0
-    mirror: bool = False
-    shift: tuple[int, int] = (0, 0)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "turns", self.turns % 4)
-        object.__setattr__(self, "shift", (int(self.shift[0]), int(self.shift[1])))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Permute the last two axes of x (..., H, W).
-
-        Raises:
-            ValueError: an odd number of quarter turns of a grid that is not square.
-        """
-        if self.turns % 2 and x.shape[-2] != x.shape[-1]:
-            raise ValueError(
-                f"{self.name} needs a square grid, not {x.shape[-2]}x{x.shape[-1]}: positions "
-                "of the edited picture would not face positions of the original"
-            )
-        if self.mirror:
-            x = x.flip(-1)
-        if self.turns:
-            x = torch.rot90(x, self.turns, (-2, -1))
-        return torch.roll(x, self.shift, (-2, -1)) if any(self.shift) else x
-
-    def _linear(self, vector: tuple[int, int]) -> tuple[int, int]:
-        """Where the mirror and the turns take a displacement (down, right)."""
-        down, right = vector
-        right = -right if self.mirror else right
-        for _ in range(self.turns):
-            down, right = -right, down
-        return down, right
-
-    def after(self, first: GridAction) -> GridAction:
-        """The action that does `first`, then this one."""
-        down, right = self._linear(first.shift)
-        return GridAction(
-            turns=self.turns + (-first.turns if self.mirror else first.turns),
-            mirror=self.mirror != first.mirror,
-            shift=(self.shift[0] + down, self.shift[1] + right),
-        )
-
-    def inverse(self) -> GridAction:
-        """The action that undoes this one."""
-        linear = GridAction(self.turns if self.mirror else -self.turns, self.mirror)
-        down, right = linear._linear(self.shift)
-        return replace(linear, shift=(-down, -right))
-
-    @property
-    def name(self) -> str:
-        """As :func:`grid_action` reads it, e.g. ``rot90`` or ``hflip+rot90+shift(0,2)``."""
-        steps = []
-        if self.mirror and self.turns == 2:
-            steps.append("vflip")
-        else:
-            steps += ["hflip"] * self.mirror + [f"rot{90 * self.turns}"] * bool(self.turns)
-        if any(self.shift):
-            steps.append(f"shift({self.shift[0]},{self.shift[1]})")
-        return "+".join(steps) or "identity"
-
-
-#: A :class:`GridAction`, or any function of (N, C, H, W) that permutes positions.
-Action = GridAction | Callable[[Tensor], Tensor]
-
-_ACTIONS = {
-    "identity": GridAction(),
-    "rot90": GridAction(turns=1),
-    "rot180": GridAction(turns=2),
-    "rot270": GridAction(turns=3),
-    "hflip": GridAction(mirror=True),
-    "vflip": GridAction(turns=2, mirror=True),
-}
-
-
-def grid_action(name: str | Action | None) -> Any:
-    """Look up a grid action by name.
-
-    Names are identity, rot90, rot180, rot270 (counter-clockwise), hflip, vflip, shift(down,right)
-    in grid units, or several with a + between them, done from left to right. None is the identity;
-    a `GridAction` or another function is given back as it is (maps with a function of your own
-    cannot be saved, composed or inverted).
-
-    Raises:
-        ValueError: an unknown name (naming the closest).
-        TypeError: neither a name nor a function.
-    """
-    if name is None:
-        return GridAction()
-    if not isinstance(name, str):
-        if not callable(name):
-            raise TypeError(f"a grid action is a name or a function, not {type(name).__name__}")
-        return name
-    action = GridAction()
-    for step in name.replace(" ", "").split("+"):
-        moved = re.fullmatch(r"shift\((-?\d+),(-?\d+)\)", step)
-        if moved:
-            first = GridAction(shift=(int(moved[1]), int(moved[2])))
-        elif step in _ACTIONS:
-            first = _ACTIONS[step]
-        else:
-            raise unknown("grid action", step, [*_ACTIONS, "shift(down,right)"])
-        action = first.after(action)
-    return action
-
-
-#: The same, where a parameter is called grid_action too.
-_as_action = grid_action
-
-
-def _plain_action(action: Action, purpose: str) -> GridAction:
-    if not isinstance(action, GridAction):
-        raise ValueError(f"a map whose grid action is a function cannot be {purpose}: name it")
-    return action
-
-
-# --------------------------------------------------------------------------------- 2. statistics
+# --------------------------------------------------------------------------------- 1. statistics
 
 
 @dataclass(frozen=True)
@@ -482,7 +352,7 @@ class Statistics:
             for name in ("mean_x", "mean_y", "xx", "xy", "yy")
         }
         counts = [(part.positions, part.images) if part else None for part in self.parts]
-        action = _plain_action(self.grid_action, "saved").name
+        action = named_action(self.grid_action, "saved").name
         metadata = {"statistics": counts, "grid_action": action, **asdict(self.origin)}
         store.save_tensors(path, tensors, metadata=metadata)
 
@@ -528,7 +398,7 @@ def _moments(statistics: Statistics | Moments) -> Moments:
     return statistics.total if isinstance(statistics, Statistics) else statistics
 
 
-# --------------------------------------------------------------------------------------- 3. maps
+# --------------------------------------------------------------------------------------- 2. maps
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -540,7 +410,7 @@ class FeatureMap:
 
     family: str
     parameters_count: int  #: numbers that were fitted
-    grid_action: Action = GridAction()  #: done to x before all else
+    grid_action: Action = field(default_factory=GridAction)  #: done to x before all else
     origin: Origin = Origin()  #: of the features it was fitted on
     info: dict[str, Any] = field(default_factory=dict)  #: what the fit chose and found
 
@@ -575,7 +445,7 @@ class FeatureMap:
         metadata = {
             "map": type(self).__name__,
             "family": self.family,
-            "grid_action": _plain_action(self.grid_action, "saved").name,
+            "grid_action": named_action(self.grid_action, "saved").name,
             "parameters_count": self.parameters_count,
             "info": self.info,
             "config": config,
@@ -702,7 +572,7 @@ def load(
     common = {
         "family": found["family"],
         "parameters_count": found["parameters_count"],
-        "grid_action": grid_action(found["grid_action"]),
+        "grid_action": _as_action(found["grid_action"]),
         "origin": Origin(**{key: found.get(key) for key in asdict(Origin())}),
         "info": found["info"],
     }
@@ -716,7 +586,7 @@ def load(
     return kind(**tensors, **found["config"], **common)
 
 
-# --------------------------------------------------------------------------- 3a. shared linear fits
+# --------------------------------------------------------------------------- 2a. shared linear fits
 
 
 @dataclass(frozen=True)
@@ -913,9 +783,18 @@ def ridge_path(
     """
     if select not in ("folds", "gcv"):
         raise unknown("select", select, ["folds", "gcv"])
+    return _ridge_path(statistics, gammas, select, _Eigen.of)
+
+
+def _ridge_path(
+    statistics: Statistics | Moments,
+    gammas: Sequence[float] | None,
+    select: str,
+    decompose: Callable[[Moments], _Eigen],
+) -> RidgePath:
     sample = _Sample.of(statistics)
     values = penalties(sample.moments) if gammas is None else _check_penalties(gammas)
-    eigen = _Eigen.of(sample.moments)
+    eigen = decompose(sample.moments)
     if select == "gcv":
         errors = eigen.gcv(values) / sample.moments.positions
         return RidgePath(values, errors, None, select, sample, eigen)
@@ -923,11 +802,37 @@ def ridge_path(
         raise ValueError("select='folds' needs Statistics, which keep folds; Moments do not")
     sums, counts = [], []
     for train, held_out in statistics.splits():
-        sums.append(_Eigen.of(train).errors(held_out, values))
+        sums.append(decompose(train).errors(held_out, values))
         counts.append(held_out.positions)
     errors = torch.stack(sums, 1)
     each = errors / torch.tensor(counts).to(errors)
     return RidgePath(values, errors.sum(1) / sum(counts), each, select, sample, eigen)
+
+
+def ridge_paths(
+    statistics: Mapping[Any, Statistics],
+    gammas: Sequence[float] | None = None,
+) -> dict[Any, RidgePath]:
+    """`ridge_path` of several edits of the same pictures, each with a penalty of its own.
+
+    Their S_xx is the same, fold by fold, and so is its decomposition, nearly all of a path's time:
+    it is made once for all (and again where S_xx differs, as under a grid action that resamples).
+
+    Raises:
+        ValueError: as :func:`ridge_path`.
+    """
+    known: list[_Eigen] = []
+
+    def shared(moments: Moments) -> _Eigen:
+        for eigen in known:
+            ours, theirs = moments.xx, eigen.moments.xx
+            scale = float(theirs.diagonal().mean())
+            if ours.shape == theirs.shape and torch.allclose(ours, theirs, 1e-9, 1e-9 * scale):
+                return replace(eigen, moments=moments, a=eigen.q.T @ moments.xy)
+        known.append(_Eigen.of(moments))
+        return known[-1]
+
+    return {key: _ridge_path(one, gammas, "folds", shared) for key, one in statistics.items()}
 
 
 def leave_one_image_out(
@@ -1048,7 +953,7 @@ def linear(statistics: Statistics | Moments, *, rank_deficient: str = "minimum_n
     return _ridge_map(sample, eigen, 0.0, "linear")
 
 
-# ---------------------------------------------------------------------------------- 3b. few ranks
+# ---------------------------------------------------------------------------------- 2b. few ranks
 
 
 @dataclass(frozen=True)
@@ -1232,7 +1137,7 @@ def procrustes(statistics: Statistics | Moments, *, scale: bool = False) -> Affi
     )  # fmt: skip
 
 
-# ------------------------------------------------------------------ 3c. one map for each position
+# ------------------------------------------------------------------ 2c. one map for each position
 
 
 class PositionStatistics:
@@ -1366,7 +1271,7 @@ def _position_moments(statistics: PositionStatistics, place: int) -> _Eigen:
     return _Eigen.of(moments)
 
 
-# -------------------------------------------------------------------------- 3d. fit, by family name
+# -------------------------------------------------------------------------- 2d. fit, by family name
 
 #: Families with a closed form -> their function of statistics.
 CLOSED_FORM: dict[str, Callable[..., FeatureMap]] = {
@@ -1431,7 +1336,7 @@ def fit(
     return CLOSED_FORM[family](data, **options)
 
 
-# -------------------------------------------------------------------------------------- 4. errors
+# -------------------------------------------------------------------------------------- 3. errors
 
 
 def _matching(fitted: AffineMap, statistics: Statistics | Moments) -> Moments:
@@ -1501,7 +1406,7 @@ def discrepancy(first: AffineMap, second: AffineMap, statistics: Statistics | Mo
     return apart / spread
 
 
-# -------------------------------------------------------------------------- 5. floors and ceilings
+# -------------------------------------------------------------------------- 4. floors and ceilings
 
 
 def identity(

@@ -30,7 +30,9 @@ from tqdm import tqdm
 
 from . import store
 from .errors import unknown
-from .maps import Action, FeatureMap, Origin, grid_action
+from .grids import Action
+from .grids import grid_action as _as_action
+from .maps import FeatureMap, Origin
 
 __all__ = [
     "FAMILIES",
@@ -53,9 +55,6 @@ FAMILIES = ("trained_linear", "mlp", "cnn", "transformer")
 #: What a transformer is told of the place of its inputs.
 POSITIONS = ("none", "sinusoidal", "learned")
 _PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-# `maps.fit` and `train` have a parameter of this name.
-_as_action = grid_action
 
 
 class DivergedError(RuntimeError):
@@ -451,7 +450,7 @@ def train(
         y: of the edited pictures.
         config: `TrainingConfig`, the paper's by default.
         groups: N sources; those of one source validate or train together.
-        grid_action: done to x first (`maps.grid_action`).
+        grid_action: done to x first (`grids.grid_action`).
         origin: of the features.
         width: this and what follows as :func:`architecture`.
         depth: see there.

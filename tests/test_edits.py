@@ -92,6 +92,7 @@ def test_some_values_change_nothing(name, photos):
 def test_names_are_read_back(kind):
     edit = edits.make(kind)
     assert edits.make(edit.name) == edit
+    assert isinstance(edit, edits.Edit)
     assert edit.at(edit.value) == edit
     assert (edit.strength is None) == isinstance(edit.value, str)
 
@@ -469,3 +470,30 @@ def test_devices_agree(kind, photos):
     found = edit(photos.cuda())
     assert found.device.type == "cuda"
     assert (found.cpu() - edit(photos)).abs().max() < 1e-3
+
+
+# ------------------------------------------------------------------------ one after another
+
+
+def test_edits_are_done_from_left_to_right(photos):
+    both = edits.make("mirror:horizontal+rotation:90")
+    first, second = edits.make("mirror:horizontal"), edits.make("rotation:90")
+    assert torch.equal(both(photos), second(first(photos)))
+    assert both.name == "mirror:horizontal+rotation:90"
+    assert edits.make(both.name) == both
+    assert torch.equal(there(both.grid_action)(photos), both(photos))
+    assert torch.equal(there(both.inverse())(both(photos)), photos)
+
+
+def test_a_composite_is_as_random_and_as_lossy_as_its_steps(photos):
+    noisy = edits.make("noise:20+mirror:horizontal")
+    assert noisy.random
+    assert noisy.inverse() is None
+    ids = ["a", "b", "c", "d"][: len(photos)]
+    alone = noisy(photos[1:2], ids=ids[1:2], seed=3)
+    assert torch.equal(noisy(photos, ids=ids, seed=3)[1:2], alone)
+    assert edits.make("hue:10+greyscale").grid_action is None
+    shifted = there(edits.make("translation:0.25+mirror:vertical").grid_action)
+    assert shifted(photos).shape == photos.shape
+    with pytest.raises(ValueError, match="no edit 'greyscal'"):
+        edits.make("hue:10+greyscal")

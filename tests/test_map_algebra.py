@@ -8,7 +8,8 @@ import scipy.linalg
 import torch
 
 from fmlib import map_algebra, maps
-from fmlib.maps import AffineMap, GridAction, Origin
+from fmlib.grids import GridAction, grid_action
+from fmlib.maps import AffineMap, Origin
 
 
 def randn(*shape, seed=0):
@@ -30,7 +31,7 @@ def affine(weight, bias=None, *, action=None, edit=None):
         parameters_count=0,
         weight=weight,
         bias=bias,
-        grid_action=maps.grid_action(action),
+        grid_action=grid_action(action),
         origin=Origin(edit=edit),
     )
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LinearRegression, Ridge, RidgeCV
 
 from fmlib import maps, store
-from fmlib.maps import GridAction, Moments, Origin, PositionStatistics, Statistics
+from fmlib.grids import grid_action
+from fmlib.maps import Moments, Origin, PositionStatistics, Statistics
 
 ORIGIN = Origin("tiny", "abc", "features.3", "blur")
 
@@ -44,49 +45,6 @@ def rows(x):
 
 def statistics(x, y, **options):
     return Statistics(**options).update(x, y)
-
-
-# ------------------------------------------------------------------------------------ grid actions
-
-ACTIONS = [
-    GridAction(turns, mirror, shift)
-    for turns in range(4)
-    for mirror in (False, True)
-    for shift in ((0, 0), (1, 2))
-]
-
-
-def test_actions_are_those_of_pictures():
-    grid = torch.arange(9.0).reshape(1, 1, 3, 3)
-    assert torch.equal(maps.grid_action("rot90")(grid)[0, 0, 0], torch.tensor([2.0, 5, 8]))  # ccw
-    assert torch.equal(maps.grid_action("hflip")(grid)[0, 0, 0], torch.tensor([2.0, 1, 0]))
-    assert torch.equal(maps.grid_action("vflip")(grid)[0, 0, 0], torch.tensor([6.0, 7, 8]))
-    assert torch.equal(maps.grid_action("shift(1,0)")(grid)[0, 0, 1], torch.tensor([0.0, 1, 2]))
-    assert torch.equal(maps.grid_action(None)(grid), grid)
-
-
-@pytest.mark.parametrize("outer", ACTIONS)
-def test_actions_form_a_group(outer):
-    grid = torch.arange(25.0).reshape(5, 5)
-    for inner in ACTIONS:
-        assert torch.equal(outer.after(inner)(grid), outer(inner(grid)))
-    assert torch.equal(outer.inverse()(outer(grid)), grid)
-    assert maps.grid_action(outer.name) == outer
-
-
-def test_action_names_are_checked():
-    assert maps.grid_action("hflip + rot90") == GridAction(turns=1).after(GridAction(mirror=True))
-    with pytest.raises(ValueError, match="did you mean 'rot90'"):
-        maps.grid_action("rot9")
-    with pytest.raises(TypeError, match="name or a function"):
-        maps.grid_action(3)  # pyright: ignore[reportArgumentType]
-
-
-def test_quarter_turn_needs_a_square_grid():
-    x = randn(2, 3, 4, 5)
-    with pytest.raises(ValueError, match="rot90 needs a square grid, not 4x5"):
-        Statistics(grid_action="rot90").update(x, x)
-    Statistics(grid_action="rot180").update(x, x)
 
 
 # -------------------------------------------------------------------------------------- statistics
@@ -346,7 +304,7 @@ def test_leave_one_image_out_is_brute_force(side, action):
     value = Statistics(grid_action=action).update(x, y, groups=groups)
     batches = [(x[:4], y[:4], groups[:4]), (x[4:], y[4:], groups[4:])]
     path = maps.leave_one_image_out(value, batches, [0.3, 30.0])
-    turned = maps.grid_action(action)(x)
+    turned = grid_action(action)(x)
     for i, gamma in enumerate(path.penalties):
         total = 0.0
         for unit in range(7):
@@ -799,3 +757,25 @@ def test_nearest_neighbours_are_saved(tmp_path):
     fitted.save(tmp_path / "map.safetensors")
     back = maps.load(tmp_path / "map.safetensors", layer="features.3")
     assert torch.equal(back.apply(x), fitted.apply(x))
+
+
+def test_paths_of_several_edits_share_one_decomposition(monkeypatch):
+    """Same maps and errors as one at a time, with a third of the decompositions."""
+    x, y, _ = pairs(images=20, noise=0.5)
+    turned = torch.rot90(y, 1, (2, 3))
+    several = {
+        "plain": statistics(x, y),
+        "square": statistics(x, y**2),
+        "turned": statistics(x, turned, grid_action="rot90"),
+        "other": statistics(x + y, y),
+    }
+    alone = {name: maps.ridge_path(one) for name, one in several.items()}
+    calls = []
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda value: calls.append(1) or eigh(value))
+    together = maps.ridge_paths(several)
+    assert len(calls) == 2 * 6  # two kinds of x, all images and five folds
+    for name, path in together.items():
+        torch.testing.assert_close(path.errors, alone[name].errors, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(path.map().matrix, alone[name].map().matrix)
+        assert path.map().grid_action == several[name].grid_action
