@@ -732,6 +732,7 @@ class RidgePath:
     errors: Tensor  #: (K,)
     unit_errors: Tensor | None  #: (K, folds or groups), of each that was left out; None for "gcv"
     method: str
+    plus_identity: bool  #: whether it is W − I that is penalised
     _sample: _Sample = field(repr=False)
     _eigen: _Eigen = field(repr=False)
 
@@ -745,14 +746,24 @@ class RidgePath:
         index = self.best if index is None else index
         return _ridge_map(
             self._sample, self._eigen, self.penalties[index],
+            "ridge_plus_identity" if self.plus_identity else "ridge",
+            plus_identity=self.plus_identity,
             expected_error=float(self.errors[index]), chosen_by=self.method,
         )  # fmt: skip
 
 
 def _ridge_map(
-    sample: _Sample, eigen: _Eigen, gamma: float, family: str = "ridge", **info: Any
+    sample: _Sample,
+    eigen: _Eigen,
+    gamma: float,
+    family: str = "ridge",
+    *,
+    plus_identity: bool = False,
+    **info: Any,
 ) -> AffineMap:
     weight = eigen.weight(gamma)
+    if plus_identity:
+        weight = weight + _eye(weight)
     bias = sample.moments.mean_y - weight @ sample.moments.mean_x
     return _affine(
         family, sample, weight, bias, parameters=weight.numel() + bias.numel(),
@@ -765,6 +776,7 @@ def ridge_path(
     gammas: Sequence[float] | None = None,
     *,
     select: str = "folds",
+    plus_identity: bool = False,
 ) -> RidgePath:
     """Ridge maps for a path of penalties from one eigendecomposition, with their expected errors.
 
@@ -777,13 +789,17 @@ def ridge_path(
             alone, but it takes the positions of an image for independent samples and so chooses too
             small a penalty where they are not. Leaving out single images takes a second pass over
             the pairs: :func:`leave_one_image_out`.
+        plus_identity: penalise W − I instead of W, so that a large penalty gives the additive map
+            rather than the mean of y. With few images this is the safer prior: most edits leave
+            most of a picture's features as they are.
 
     Raises:
-        ValueError: no images, images of one fold only, bad penalties, an unknown `select`.
+        ValueError: no images, images of one fold only, bad penalties, an unknown `select`; x and y
+            of different widths with `plus_identity`.
     """
     if select not in ("folds", "gcv"):
         raise unknown("select", select, ["folds", "gcv"])
-    return _ridge_path(statistics, gammas, select, _Eigen.of)
+    return _ridge_path(statistics, gammas, select, _Eigen.of, plus_identity)
 
 
 def _ridge_path(
@@ -791,27 +807,35 @@ def _ridge_path(
     gammas: Sequence[float] | None,
     select: str,
     decompose: Callable[[Moments], _Eigen],
+    plus_identity: bool,
 ) -> RidgePath:
+    def view(moments: Moments) -> Moments:
+        return moments.difference() if plus_identity else moments
+
     sample = _Sample.of(statistics)
     values = penalties(sample.moments) if gammas is None else _check_penalties(gammas)
-    eigen = decompose(sample.moments)
+    eigen = decompose(view(sample.moments))
     if select == "gcv":
         errors = eigen.gcv(values) / sample.moments.positions
-        return RidgePath(values, errors, None, select, sample, eigen)
+        return RidgePath(values, errors, None, select, plus_identity, sample, eigen)
     if isinstance(statistics, Moments):
         raise ValueError("select='folds' needs Statistics, which keep folds; Moments do not")
     sums, counts = [], []
     for train, held_out in statistics.splits():
-        sums.append(decompose(train).errors(held_out, values))
+        sums.append(decompose(view(train)).errors(view(held_out), values))
         counts.append(held_out.positions)
     errors = torch.stack(sums, 1)
     each = errors / torch.tensor(counts).to(errors)
-    return RidgePath(values, errors.sum(1) / sum(counts), each, select, sample, eigen)
+    return RidgePath(
+        values, errors.sum(1) / sum(counts), each, select, plus_identity, sample, eigen
+    )
 
 
 def ridge_paths(
     statistics: Mapping[Any, Statistics],
     gammas: Sequence[float] | None = None,
+    *,
+    plus_identity: bool = False,
 ) -> dict[Any, RidgePath]:
     """`ridge_path` of several edits of the same pictures, each with a penalty of its own.
 
@@ -832,7 +856,10 @@ def ridge_paths(
         known.append(_Eigen.of(moments))
         return known[-1]
 
-    return {key: _ridge_path(one, gammas, "folds", shared) for key, one in statistics.items()}
+    return {
+        key: _ridge_path(one, gammas, "folds", shared, plus_identity)
+        for key, one in statistics.items()
+    }
 
 
 def leave_one_image_out(
@@ -886,7 +913,7 @@ def leave_one_image_out(
         raise ValueError(f"{sum(counts)} positions came, but the statistics are of {n}")
     errors = torch.stack(sums, 1)
     each = errors / torch.tensor(counts).to(errors)
-    return RidgePath(values, errors.sum(1) / n, each, "leave_one_image_out", sample, eigen)
+    return RidgePath(values, errors.sum(1) / n, each, "leave_one_image_out", False, sample, eigen)
 
 
 def _left_out(eigen: _Eigen, s: Tensor, z: Tensor, target: Tensor, n: int) -> Tensor:
@@ -907,6 +934,7 @@ def ridge(
     penalty: float | None = None,
     gammas: Sequence[float] | None = None,
     select: str = "folds",
+    plus_identity: bool = False,
 ) -> AffineMap:
     """W = S_yx (S_xx + γI)⁻¹, b = ȳ − W x̄.
 
@@ -915,6 +943,7 @@ def ridge(
         penalty: γ; by default the best of the path `gammas` (see :func:`ridge_path`).
         gammas: the path to choose from.
         select: how to choose.
+        plus_identity: penalise W − I (see :func:`ridge_path`).
 
     The paper's γ = 1 is next to nothing for sums over 10⁵ positions; ask for it with `penalty=1`.
 
@@ -922,10 +951,12 @@ def ridge(
         ValueError: as :func:`ridge_path`.
     """
     if penalty is None:
-        return ridge_path(statistics, gammas, select=select).map()
+        return ridge_path(statistics, gammas, select=select, plus_identity=plus_identity).map()
     (gamma,) = _check_penalties([penalty])
     sample = _Sample.of(statistics)
-    return _ridge_map(sample, _Eigen.of(sample.moments), gamma)
+    moments = sample.moments.difference() if plus_identity else sample.moments
+    family = "ridge_plus_identity" if plus_identity else "ridge"
+    return _ridge_map(sample, _Eigen.of(moments), gamma, family, plus_identity=plus_identity)
 
 
 def linear(statistics: Statistics | Moments, *, rank_deficient: str = "minimum_norm") -> AffineMap:

@@ -779,3 +779,26 @@ def test_paths_of_several_edits_share_one_decomposition(monkeypatch):
         torch.testing.assert_close(path.errors, alone[name].errors, rtol=1e-6, atol=1e-9)
         torch.testing.assert_close(path.map().matrix, alone[name].map().matrix)
         assert path.map().grid_action == several[name].grid_action
+
+
+def test_ridge_about_the_identity_is_ridge_of_the_change():
+    """W = I + ΔW with ΔW from scikit-learn's ridge of y − x on x; a large penalty is additive."""
+    x, y, _ = pairs(images=20, noise=0.5)
+    given = statistics(x, y)
+    found = maps.ridge(given, penalty=7.0, plus_identity=True)
+    expected = Ridge(alpha=7.0).fit(rows(x), rows(y) - rows(x))
+    np.testing.assert_allclose(found.matrix - torch.eye(6), expected.coef_, atol=1e-8)
+    np.testing.assert_allclose(found.bias, expected.intercept_, atol=1e-7)
+    assert found.family == "ridge_plus_identity"
+    stiff = maps.ridge(given, penalty=1e14, plus_identity=True)
+    torch.testing.assert_close(stiff.bias, maps.additive(given).bias, rtol=1e-4, atol=1e-4)
+    path = maps.ridge_path(given, plus_identity=True)
+    own = maps.ridge_paths({"only": given}, plus_identity=True)["only"]
+    torch.testing.assert_close(path.errors, own.errors)
+    held_out = []
+    for train, left in given.splits():  # every error of the path, by fitting without the fold
+        one = maps.ridge(train, penalty=path.penalties[5], plus_identity=True)
+        held_out.append(maps.squared_error(one, left) * left.positions)
+    assert sum(held_out) / len(rows(x)) == pytest.approx(float(path.errors[5]))
+    with pytest.raises(ValueError, match="one width"):
+        maps.ridge_path(statistics(x, y[:, :3]), plus_identity=True)
