@@ -1071,6 +1071,7 @@ def rank_path(
     *,
     penalty: float | None = None,
     plus_identity: bool = False,
+    left_out: bool = True,
 ) -> RankPath:
     """Maps of every rank, with left-out errors for every rank where folds were kept.
 
@@ -1078,6 +1079,7 @@ def rank_path(
         statistics: of the pairs; Moments give maps but no errors, and need `penalty`.
         penalty: γ; by default ridge's own choice by folds, at full rank.
         plus_identity: fit y − x instead, so that W = I + (rank r).
+        left_out: estimate errors by leaving out folds, one more decomposition for each of them.
 
     Raises:
         ValueError: as :func:`ridge_path`; x and y of different widths with `plus_identity`.
@@ -1102,7 +1104,7 @@ def rank_path(
     count = basis.shape[1] + 1
     each = values.new_full((count, 1), torch.nan)
     errors = each[:, 0]
-    if known and sum(part is not None for part in statistics.parts) > 1:
+    if known and left_out and sum(part is not None for part in statistics.parts) > 1:
         sums, counts = [], []
         for train, held_out in statistics.splits():
             part = _Eigen.of(view(train))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LinearRegression, Ridge, RidgeCV
 
 from fmlib import maps, store
-from fmlib.grids import grid_action
+from fmlib.grids import GridAction, grid_action
 from fmlib.maps import Moments, Origin, PositionStatistics, Statistics
 
 ORIGIN = Origin("tiny", "abc", "features.3", "blur")
@@ -757,6 +757,17 @@ def test_nearest_neighbours_are_saved(tmp_path):
     fitted.save(tmp_path / "map.safetensors")
     back = maps.load(tmp_path / "map.safetensors", layer="features.3")
     assert torch.equal(back.apply(x), fitted.apply(x))
+
+
+def test_rank_paths_without_left_out_errors_have_the_same_maps():
+    x, y, _ = pairs(images=20, noise=0.5)
+    given = statistics(x, y, grid_action="rot90")
+    whole = maps.rank_path(given, penalty=1.0)
+    quick = maps.rank_path(given, penalty=1.0, left_out=False)
+    assert torch.equal(quick.map(3).matrix, whole.map(3).matrix)
+    assert quick.map(3).grid_action == GridAction(turns=1)
+    with pytest.raises(ValueError, match="no errors were estimated"):
+        _ = quick.best
 
 
 def test_paths_of_several_edits_share_one_decomposition(monkeypatch):
