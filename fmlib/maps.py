@@ -698,8 +698,13 @@ class _Eigen:
         return torch.where(freedom > 1e-9 * n, score, torch.inf)
 
 
-def penalties(statistics: Statistics | Moments, count: int = 20) -> list[float]:
+def penalties(
+    statistics: Statistics | Moments, count: int = 20, *, plus_identity: bool = False
+) -> list[float]:
     """A path of ridge penalties: 10⁻⁷ to 10 times the mean eigenvalue of S_xx, evenly in logarithm.
+
+    With `plus_identity` (:func:`ridge_path`) 10⁻⁵ to 10³ times, since leaving features alone, the
+    limit of a large penalty, is often best.
 
     Raises:
         ValueError: x does not vary at all, or count below 1.
@@ -710,7 +715,8 @@ def penalties(statistics: Statistics | Moments, count: int = 20) -> list[float]:
     scale = float(moments.xx.diagonal().mean())
     if not scale > 0:
         raise ValueError("x is the same at every position of every image: there is nothing to fit")
-    return (scale * torch.logspace(-7, 1, count, dtype=torch.float64)).tolist()
+    low, high = (-5, 3) if plus_identity else (-7, 1)
+    return (scale * torch.logspace(low, high, count, dtype=torch.float64)).tolist()
 
 
 def _check_penalties(gammas: Sequence[float]) -> list[float]:
@@ -813,7 +819,10 @@ def _ridge_path(
         return moments.difference() if plus_identity else moments
 
     sample = _Sample.of(statistics)
-    values = penalties(sample.moments) if gammas is None else _check_penalties(gammas)
+    if gammas is None:
+        values = penalties(sample.moments, plus_identity=plus_identity)
+    else:
+        values = _check_penalties(gammas)
     eigen = decompose(view(sample.moments))
     if select == "gcv":
         errors = eigen.gcv(values) / sample.moments.positions
