@@ -164,6 +164,21 @@ INVARIANTS: dict[str, dict[str, Callable[[Values], bool]]] = {
             0 < x < 1 for x in of(m, "spread_")
         ),
     },
+    "21_linear_maps": {
+        "a gain is at most one": lambda m: max(of(m, "gain_")) <= 1,
+        "the weakest edit is below the mean": lambda m: (
+            m["weakest_squeezenet1_1"] <= m["mean_gain_squeezenet1_1"]
+        ),
+        "grey is learnt": lambda m: m["gain_greyscale_1_squeezenet1_1"] > 0,
+        "photographs are fitted or held out": lambda m: m["fitted_on"] + m["held_out"] == 10,
+    },
+    "23_rank_and_spectrum": {
+        "a rank is at most the number of channels": lambda m: max(of(m, "rank_")) <= 384,
+        "a change has fewer dimensions than channels": lambda m: (
+            max(of(m, "effective_rank_")) < 384
+        ),
+        "a ratio of ranks is one": lambda m: m["meaning_over_error_squeezenet1_1"] > 0,
+    },
     "90_explore_shifts": {
         "the least pair is below the mean": lambda m: 0 < m["least_pair"] < m["pairs_cosine"] < 1,
     },
