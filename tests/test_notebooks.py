@@ -179,6 +179,31 @@ INVARIANTS: dict[str, dict[str, Callable[[Values], bool]]] = {
         ),
         "a ratio of ranks is one": lambda m: m["meaning_over_error_squeezenet1_1"] > 0,
     },
+    "24_edit_algebra": {
+        "products keep most of the direct gain": lambda m: (
+            min(of(m, "kept_shallow_") + of(m, "kept_deep_", random=False)) > 0.5
+        ),
+        "sums of changes keep less": lambda m: (
+            max(of(m, "kept_by_sum_", random=False))
+            < min(of(m, "kept_shallow_") + of(m, "kept_deep_", random=False))
+        ),
+        "no inverse does better than the way back fitted": lambda m: (
+            min(of(m, "transpose_loses_") + of(m, "pseudo_inverse_loses_")) > -0.02
+        ),
+        "a transpose loses less than a pseudo-inverse": lambda m: (
+            sum(of(m, "transpose_loses_")) < sum(of(m, "pseudo_inverse_loses_"))
+        ),
+        "lost colour comes back less than a turned hue": lambda m: m["hue_undone_less_grey"] > 0,
+        "two mirrors are nearly none": lambda m: (
+            min(of(m, "return_orthogonal_mirror_", random=False)) > 0.9
+        ),
+        "the square of a map is no better than the map of the half turn": lambda m: (
+            min(of(m, "square_loses_")) > -0.01
+        ),
+        "powers extrapolate better than straight lines": lambda m: (
+            min(of(m, "power_over_straight_line_stronger_")) > 0
+        ),
+    },
     "90_explore_shifts": {
         "the least pair is below the mean": lambda m: 0 < m["least_pair"] < m["pairs_cosine"] < 1,
     },
