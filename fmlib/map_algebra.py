@@ -158,6 +158,10 @@ def inverse(fitted: AffineMap, *, rcond: float = 1e-6) -> AffineMap:
     that what the edit destroyed (a colour, under greyscale) stays lost instead of blowing up noise.
     ``info["rank"]`` says how many are kept.
 
+    Ridge maps have many small singular values, so that a small `rcond` blows up what they got
+    wrong. Without a bound to choose it by, the transpose of a `maps.procrustes` map (its inverse)
+    or a map fitted backwards (`maps.Statistics.swapped`) does better.
+
     Raises:
         ValueError: a grid action that is a mere function.
     """

@@ -343,6 +343,19 @@ class Statistics:
         for i, held_out in enumerate(parts):
             yield _sum(parts[:i] + parts[i + 1 :]), held_out
 
+    def swapped(self) -> Statistics:
+        """Statistics of (y, x), to fit the way back; the grid action is undone.
+
+        The origin is left out: the way back is not the edit.
+
+        Raises:
+            ValueError: the grid action is a mere function, whose inverse is not known.
+        """
+        action = named_action(self.grid_action, "inverted").inverse()
+        result = Statistics(folds=len(self.parts), grid_action=action)
+        result.parts = [part.swapped() if part else None for part in self.parts]
+        return result
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a safetensors file; :meth:`load` reads it."""
         tensors = {

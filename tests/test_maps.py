@@ -813,3 +813,15 @@ def test_ridge_about_the_identity_is_ridge_of_the_change():
     assert sum(held_out) / len(rows(x)) == pytest.approx(float(path.errors[5]))
     with pytest.raises(ValueError, match="one width"):
         maps.ridge_path(statistics(x, y[:, :3]), plus_identity=True)
+
+
+@pytest.mark.parametrize("action", ["identity", "rot90", "hflip+rot90"])
+def test_swapped_statistics_fit_the_way_back(action):
+    x, y, _ = pairs(images=20)
+    forth = statistics(x, y, grid_action=action)
+    back = statistics(y, x, grid_action=grid_action(action).inverse())
+    found, expected = maps.ridge(forth.swapped()), maps.ridge(back)
+    torch.testing.assert_close(found.matrix, expected.matrix)
+    torch.testing.assert_close(found.apply(y), expected.apply(y))
+    with pytest.raises(ValueError, match="cannot be inverted"):
+        statistics(x, y, grid_action=lambda grid: grid).swapped()
