@@ -204,6 +204,30 @@ INVARIANTS: dict[str, dict[str, Callable[[Values], bool]]] = {
             min(of(m, "power_over_straight_line_stronger_")) > 0
         ),
     },
+    "25_semantic_edits": {
+        "a random direction errs twice as much as doing nothing": lambda m: all(
+            -1.1 < x < -0.9 for x in of(m, "direction_")
+        ),
+        "no share is above one": lambda m: max(of(m, "learnt_") + of(m, "ladder_")) < 1,
+        "the weakest is weakest": lambda m: (
+            m["weakest_efficientnet_lite0"] <= m["strongest_efficientnet_lite0"]
+        ),
+        "inserting is a blend once object and place are known": lambda m: (
+            m["ladder_insert_3_blend"]
+            > max(m["ladder_insert_3_linear"], m["ladder_insert_0_blend"])
+        ),
+        "a part of the change is outside": lambda m: all(0 < x < 1 for x in of(m, "outside_")),
+    },
+    "26_transport": {
+        "a stitching explains something, not all": lambda m: all(
+            0 < x < 1 for x in of(m, "stitch_to_")
+        ),
+        "training is carried": lambda m: min(of(m, "gain_to_")) > 0,
+        "a carried change does less than the own map": lambda m: all(
+            0 < x < 1 for x in of(m, "index_to_")
+        ),
+        "an edit is best predicted by itself": lambda m: min(of(m, "lead_to_")) > 0,
+    },
     "90_explore_shifts": {
         "the least pair is below the mean": lambda m: 0 < m["least_pair"] < m["pairs_cosine"] < 1,
     },
