@@ -172,6 +172,24 @@ INVARIANTS: dict[str, dict[str, Callable[[Values], bool]]] = {
         "grey is learnt": lambda m: m["gain_greyscale_1_squeezenet1_1"] > 0,
         "photographs are fitted or held out": lambda m: m["fitted_on"] + m["held_out"] == 10,
     },
+    "22_map_families": {
+        "no map is above the ceiling": lambda m: all(
+            max(value for name, value in m.items() if re.match(rf"r2_.*_{edit}", name))
+            < min(of(m, f"ceiling_{edit}"))
+            for edit in ("greyscale", "rotation_90", "mask_big_center")
+        ),
+        "each closed form beats the one it contains": lambda m: (
+            min(of(m, "step_procrustes_") + of(m, "step_ridge_")) > 0
+        ),
+        "ridge beats every floor": lambda m: all(
+            m[f"floor_{edit}_efficientnet_lite0"] < m[f"r2_ridge_{edit}_efficientnet_lite0"]
+            for edit in ("greyscale", "rotation_90", "mask_big_center")
+        ),
+        "nothing is better than the best": lambda m: (
+            0 <= m["ridge_gap_mean_efficientnet_lite0"] <= m["ridge_gap_worst_efficientnet_lite0"]
+        ),
+        "the blind do not learn to turn": lambda m: max(of(m, "learned_geometry_")) < 0.5,
+    },
     "23_rank_and_spectrum": {
         "a rank is at most the number of channels": lambda m: max(of(m, "rank_")) <= 384,
         "a change has fewer dimensions than channels": lambda m: (
