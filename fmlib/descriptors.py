@@ -261,10 +261,10 @@ class HOG(Descriptor):
     * K undirected: ½ Σ_b min(0.2, u/n_b)
     * 4 texture: 18^-½ Σ_k min(0.2, u_k/n_b) for the block up left, up right, down left, down right
 
-    With `variant="uoctti"`, the definition of VLFeat and UoCTTI (VLFeat's constants; texture is
-    summed over undirected channels as there, in UoCTTI's own code over directed ones): differences
-    are not halved, n_b = √(· + 1e-4), the outermost pixels have no gradient, blocks beyond the edge
-    repeat the outer cells, ⌊H/cell + ½⌋ cells. An offset of brightness changes nothing.
+    With `variant="uoctti"`, that definition as in VLFeat: differences are not halved,
+    n_b = √(· + 1e-4), the outermost pixels have no gradient, blocks beyond the edge repeat the
+    outer cells, ⌊H/cell + ½⌋ cells. An offset of brightness changes nothing. UoCTTI's own code sums
+    texture over the directed channels and leaves out the outer cells.
 
     With `variant="network"`, that of the inversion experiments (Mahendran & Vedaldi 2015, §3 and
     their released network): texture is left out (27 channels), n_b = max(·, 1e-6), mid-grey
@@ -622,7 +622,7 @@ class SIFTGrid(Descriptor):
     turned to this module's convention.
 
     Nothing is differentiable: the output carries no gradient. It is computed on the CPU, image by
-    image (some 0.1 s for 128 × 128 px): describe a data set once and keep the result.
+    image (0.2 s or more for 128 × 128 px): describe a data set once and keep the result.
 
     Args:
         cell: d, in pixels.

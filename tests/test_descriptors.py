@@ -200,6 +200,10 @@ def test_dsift_is_its_definition(cell, step, size):
     expected = loop_dsift(luma(x[0])[None], cell, step)
     np.testing.assert_allclose(module(x)[0].numpy(), expected, rtol=1e-9, atol=1e-12)
     assert module.channels == 128
+    faint = 0.5 + 1e-7 * x  # where the additive constant counts
+    expected = loop_dsift(luma(faint[0])[None], cell, step)
+    assert 1e-3 < np.linalg.norm(expected, axis=0).max() < 0.5
+    np.testing.assert_allclose(module(faint)[0].numpy(), expected, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("cell", [16, 5])
@@ -376,6 +380,7 @@ DIFFERENTIABLE = [
     ("hogb", {"variant": "network"}),
     ("dsift", {}),
     ("lbp", {"softness": 0.05}),
+    ("lbp", {"softness": 1e-4}),
 ]
 
 
@@ -389,8 +394,14 @@ def stripes() -> Tensor:
 
 @pytest.mark.parametrize(
     "image",
-    [torch.zeros(1, 3, 32, 32), torch.full((1, 3, 32, 32), 0.5), stripes(), 1e-30 * stripes()],
-    ids=["black", "flat", "stripes", "faint"],
+    [
+        torch.zeros(1, 3, 32, 32),
+        torch.full((1, 3, 32, 32), 0.5),
+        stripes(),
+        1e-30 * stripes(),
+        noise(1, 3, 32, 32),
+    ],
+    ids=["black", "flat", "stripes", "faint", "noise"],
 )
 @pytest.mark.parametrize(("name", "options"), DIFFERENTIABLE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -402,7 +413,7 @@ def test_gradients_are_finite_everywhere(name, options, image, dtype):
     assert gradient.isfinite().all()
 
 
-@pytest.mark.parametrize(("name", "options"), DIFFERENTIABLE)
+@pytest.mark.parametrize(("name", "options"), DIFFERENTIABLE[:-1])  # the last one saturates
 def test_gradients_reach_every_pixel_of_noise(name, options):
     module = make(name, **options)
     assert module.differentiable
@@ -470,6 +481,11 @@ def test_a_mirrored_image_permutes_channels(name, options, size):
     channels = module.mirror_permutation()
     assert sorted(channels.tolist()) == list(range(module.channels))
     torch.testing.assert_close(module(x.flip(-1)), module(x).flip(-1)[:, channels])
+
+
+def test_a_grid_of_keypoints_has_no_mirror():
+    with pytest.raises(NotImplementedError, match="sift_grid has no mirror permutation"):
+        make("sift_grid").mirror_permutation()
 
 
 @pytest.mark.parametrize("variant", ["uoctti", "network"])
