@@ -3,6 +3,7 @@
 The smoke runs assert what must hold scientifically (`INVARIANTS`), never pixels or exact numbers.
 """
 
+import collections
 import functools
 import json
 import math
@@ -400,6 +401,13 @@ def test_smoke_run_is_whole(path: Path, smoke: Callable[[Path], runs.RunResult])
             assert figure_faults(cell) == [], cell.source
         noise = [o.text for o in cell.outputs if o.output_type == "stream" and o.name == "stderr"]
         assert noise == [], cell.source
+    glued = collections.Counter(
+        output.metadata["scrapbook"]["name"]
+        for cell in codes(nbformat.read(result.notebook, as_version=4))
+        for output in cell.outputs
+        if "scrapbook" in output.get("metadata", {})
+    )
+    assert [name for name, times in glued.items() if times > 1] == [], "glued twice"
 
 
 @each_notebook
