@@ -21,12 +21,12 @@ from __future__ import annotations
 import argparse
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from measure import CLOCKS
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -67,9 +67,6 @@ def cosine(found: dict[str, Tensor], expected: dict[str, Tensor], *, tokens: int
         similar = F.cosine_similarity(found[name].flatten(1), flat.flatten(1))
         smallest = min(smallest, float(similar.min()))
     return smallest
-
-
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def seconds(call: Callable[[], object], clock: str) -> float:

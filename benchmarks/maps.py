@@ -37,7 +37,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +44,7 @@ from typing import Any
 import numpy as np
 import sklearn
 import torch
+from measure import CLOCKS, memory
 from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import PredefinedSplit
 from threadpoolctl import threadpool_limits
@@ -53,7 +53,6 @@ from torch import Tensor
 from fmlib import edits, encoders, images, map_scores, maps, stats, store, taps
 from fmlib.trained_maps import TrainingConfig
 
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 FOLDS, GRID, BATCH = 5, (5, 5), 64
 TYPES = {"float32": torch.float32, "float64": torch.float64}
 PARTS = ("ridge_path", "memory", "training")
@@ -66,21 +65,6 @@ def timed(call: Callable[[], Any], clock: str) -> tuple[Any, float]:
     start = CLOCKS[clock]()
     result = call()
     return result, CLOCKS[clock]() - start
-
-
-def memory(*, reset: bool = False) -> tuple[float, float]:
-    """Resident memory now and at its peak, in MB; the peak since the last reset, on Linux."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        return peak, peak
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
-    now, peak = (float(lines[name].split()[0]) / 1e3 for name in ("VmRSS", "VmHWM"))
-    return now, peak
 
 
 # ------------------------------------------------------------------------------------- ridge path

@@ -51,6 +51,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from measure import memory
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -242,21 +243,6 @@ def measure(
 
 
 # ---------------------------------------------------------------------------------------- scaling
-
-
-def memory(*, reset: bool = False) -> tuple[float, float]:
-    """Resident memory now and at its peak, in MB; the peak since the last reset, on Linux."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        return peak, peak
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
-    now, peak = (float(lines[name].split()[0]) / 1e3 for name in ("VmRSS", "VmHWM"))
-    return now, peak
 
 
 def one(stride: int, objects: int, layers: int, clock: Callable[[], float]) -> None:

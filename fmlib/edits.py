@@ -85,6 +85,12 @@ def _rotate(x: Tensor, degrees: Value) -> Tensor:
     return _affine(x, [[c, -s, 0.0], [s, c, 0.0]])
 
 
+def _turned(degrees: Value) -> Action:
+    """What a rotation does to places: a permutation for whole quarter turns."""
+    turns, rest = divmod(float(degrees), 90)
+    return (lambda x: _rotate(x, degrees)) if rest else GridAction(turns=int(turns))
+
+
 def _mirror(x: Tensor, axis: Value) -> Tensor:
     return x.flip(3 if axis == "horizontal" else 2)
 
@@ -242,7 +248,7 @@ class _Kind:
     draw: Callable[[Tensor, Value, Random], Tensor] | None = None  # the same, for random ones
     region: Callable[[Tensor, Value, Random], Tensor] | None = None
     invert: Callable[[float], float] | None = None
-    grid: Callable[[Tensor, Value], Tensor] | None = None
+    grid: Callable[[Value], Action] | None = None  # what this value does to places
 
 
 def _minus(x: float) -> float:
@@ -257,19 +263,20 @@ _FACTOR = _number(0.05, 20)
 _KINDS: dict[str, _Kind] = {
     "rotation": _Kind(
         "geometric", 90.0, _number(), "degrees, counter-clockwise", 0.0,
-        apply=_rotate, invert=_minus, grid=_rotate,
+        apply=_rotate, invert=_minus, grid=_turned,
     ),
     "mirror": _Kind(
         "geometric", "horizontal", _name("horizontal", "vertical"), "direction", None,
         apply=_mirror,
+        grid=lambda v: GridAction(turns=0 if v == "horizontal" else 2, mirror=True),
     ),
     "scale": _Kind(
         "geometric", 1.25, _FACTOR, "factor about the centre", 1.0,
-        apply=_scale_picture, invert=_over, grid=_zoom,
+        apply=_scale_picture, invert=_over, grid=lambda v: lambda x: _zoom(x, v),
     ),
     "translation": _Kind(
         "geometric", 0.125, _number(-1, 1), "share of the width, to the right", 0.0,
-        apply=_translate, invert=_minus, grid=_translate,
+        apply=_translate, invert=_minus, grid=lambda v: lambda x: _translate(x, v),
     ),
     "hue": _Kind(
         "photometric", 60.0, _number(), "256ths of a turn", 0.0, apply=_hue, invert=_minus
@@ -360,12 +367,8 @@ class Edit:
         saved and composed. Others resample, with mirrored borders as in the picture (a translation
         by whole units copies).
         """
-        if self.kind == "mirror":
-            return GridAction(turns=0 if self.value == "horizontal" else 2, mirror=True)
-        if self.kind == "rotation" and float(self.value) % 90 == 0:
-            return GridAction(turns=int(float(self.value) // 90))
         grid = _KINDS[self.kind].grid
-        return None if grid is None else lambda features: grid(features, self.value)
+        return None if grid is None else grid(self.value)
 
     def __call__(
         self, images: Tensor, *, ids: Sequence[int | str] | None = None, seed: int = 0

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import map_scores, taps
+from . import extract, map_scores
 from .edits import Composite, Edit
 from .encoders import Encoder
 from .errors import unknown
@@ -108,10 +108,8 @@ def stream(
 
 
 def _read(encoder: Encoder, pictures: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
-    with torch.inference_mode(), taps.read(encoder, layers) as read:
-        found = {name: value.float() for name, value in read(pictures.to(encoder.device)).items()}
-        prefixes = {f"{name}/prefix": value.float() for name, value in read.prefix.items()}
-    return {**found, **prefixes}
+    batches = extract.stream(encoder, pictures, layers, batch_size=len(pictures), progress=False)
+    return next(batches)
 
 
 def collect(
