@@ -1239,7 +1239,8 @@ class _Run:
             after = value + change
             if config.projection is not None:
                 after = config.projection(after, self.mean)
-            good &= gradient.flatten(1).isfinite().all(1) & after.flatten(1).isfinite().all(1)
+            # one number that is not finite makes its sum so: a single pass over each
+            good &= (gradient.flatten(1).sum(1) + after.flatten(1).sum(1)).isfinite()
             moved.append(after)
             slots.append(new)
         bad, active = self.active & ~good, self.active & good
@@ -1342,6 +1343,9 @@ def _differ(a: Phase, b: Phase) -> bool:
 
 
 def _where(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    # mostly all items are alike; asking would make a GPU wait
+    if mask.device.type == "cpu" and (bool(mask.all()) or not bool(mask.any())):
+        return a if bool(mask.all()) else b
     return torch.where(mask.view(-1, *[1] * (a.ndim - 1)), a, b)
 
 

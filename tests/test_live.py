@@ -110,3 +110,83 @@ def test_what_goes_wrong_is_said_and_the_panel_lives_on(panel):
 def test_an_unknown_picture_is_named_with_its_closest():
     with pytest.raises(ValueError, match=r"'big_cat/lino'.*big_cat/lion"):
         opened("90_explore_shifts", encoder="squeezenet1_1", picture="big_cat/lino", stride=33)
+
+
+# --------------------------------------------------------------------------------- inversion
+
+
+@pytest.fixture(scope="module")
+def inverter() -> dict[str, Any]:
+    return opened(
+        "91_explore_inversion", encoder="squeezenet1_1", layer="features.1", steps=8, size=48,
+        previews=2,
+    )  # fmt: skip
+
+
+def worked(inverter: dict[str, Any]) -> str:
+    """Wait for the panel's work; what it says."""
+    inverter["worker"].join(timeout=120)
+    assert not inverter["worker"].is_alive()
+    assert (inverter["button"].disabled, inverter["stop"].disabled) == (False, True)
+    return inverter["status"].value
+
+
+def test_invert_shows_every_preview(inverter):
+    inverter["kind"].value = "fourier"
+    inverter["button"].click()
+    assert "8 of 8 steps" in worked(inverter)
+    assert inverter["bar"].value == 2
+    slider = inverter["result"].children[0]
+    assert [label for label, _ in slider.children[0].options] == ["4", "8"]
+    assert bytes(inverter["preview"].value).startswith(widgets.PNG_SIGNATURE)
+
+
+def test_parts_are_one_run(inverter):
+    image = inverter["photograph"]("035_butterfly", 48)
+    config = inverter["configured"]("mahendran2015", 5.0, 8)
+    parts, layer = inverter["explore"](image, "squeezenet1_1", "features.1", config, count=3)
+    whole, _ = inverter["explore"](image, "squeezenet1_1", "features.1", config, count=1)
+    assert layer == "features.1"
+    assert [inverter["steps_of"](part) for part in parts] == [2, 5, 8]
+    assert torch.equal(parts[-1].images, whole[-1].images)
+
+
+def test_stop_ends_at_the_next_preview(inverter, monkeypatch):
+    show = inverter["widgets"].png
+
+    def pressed(frame: Any, **options: Any) -> bytes:
+        inverter["stop"].click()  # while the first preview is drawn
+        return show(frame, **options)
+
+    monkeypatch.setattr(inverter["widgets"], "png", pressed)
+    inverter["button"].click()
+    assert "4 of 8 steps" in worked(inverter)
+    assert inverter["status"].value.endswith("stopped")
+    assert inverter["bar"].value == 1
+    assert len(inverter["result"].children) == 1  # what there is
+
+
+def test_a_wrong_layer_is_named_and_the_panel_lives_on(inverter):
+    inverter["level"].value = "features.99"
+    inverter["button"].click()
+    assert "features.99" in worked(inverter)
+    inverter["model"].value = "random:squeezenet1_1"
+    assert inverter["level"].value in inverter["net"]("squeezenet1_1").recommended
+    inverter["model"].value = "squeezenet1_2"
+    assert "squeezenet1_1" in inverter["status"].value  # the closest name
+    inverter["model"].value = "squeezenet1_1"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        ({"prior": "TV"}, "mahendran2015, fourier"),
+        ({"picture": "035_buterfly"}, "035_butterfly"),
+        ({"layer": "features.77"}, "features.77"),
+        ({"previews": 0}, "previews"),
+    ],
+)
+def test_bad_parameters_of_an_inversion_are_named(parameters, said):
+    usual = {"encoder": "squeezenet1_1", "steps": 4, "size": 48, "previews": 2}
+    with pytest.raises(ValueError, match=said):
+        opened("91_explore_inversion", **(usual | parameters))
