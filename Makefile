@@ -41,6 +41,7 @@ bench: $(READY)  ## measure speed as ratios against named baselines
 	$(BIN)/python benchmarks/extract.py
 	$(BIN)/python benchmarks/shift.py
 	$(BIN)/python benchmarks/maps.py
+	$(BIN)/python benchmarks/preimage.py
 
 lock: $(READY)  ## resolve every version and hash anew
 	$(BIN)/uv pip compile pyproject.toml --group test --group lint --group lab --universal \

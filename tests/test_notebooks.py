@@ -247,8 +247,23 @@ INVARIANTS: dict[str, dict[str, Callable[[Values], bool]]] = {
         ),
         "an edit is best predicted by itself": lambda m: min(of(m, "lead_to_")) > 0,
     },
+    "30_invert_descriptors": {
+        "errors of means lie between meeting the code and another's": lambda m: all(
+            0 < x < 1.2 for x in of(m, "error_")
+        ),
+        "squares of small errors are smaller": lambda m: all(
+            m[f"squared_{name}"] < m[f"error_{name}"] for name in ("hog", "hogb", "dsift")
+        ),
+        "hard bins are matched worse": lambda m: m["hogb_less_hog"] < 0 < m["hog_over_hogb"] - 1,
+        "likeness is one": lambda m: all(-1 < x <= 1 for x in of(m, "ssim_")),
+    },
     "90_explore_shifts": {
         "the least pair is below the mean": lambda m: 0 < m["least_pair"] < m["pairs_cosine"] < 1,
+    },
+    "91_explore_inversion": {
+        "the code is nearer than noise's": lambda m: (
+            0 < m["relative_error"] < m["start_error"] and -1 < m["likeness"] < 1
+        ),
     },
     "13_antialiasing": {
         "a network names what it names": lambda m: m["agreement_squeezenet1_1_original"] == 1,
