@@ -255,7 +255,9 @@ INVARIANTS: dict[str, dict[str, Callable[[Values], bool]]] = {
             m[f"squared_{name}"] < m[f"error_{name}"] for name in ("hog", "hogb", "dsift")
         ),
         "hard bins are matched worse": lambda m: m["hogb_less_hog"] < 0 < m["hog_over_hogb"] - 1,
-        "likeness is one": lambda m: all(-1 < x <= 1 for x in of(m, "ssim_")),
+        "likeness is one": lambda m: all(
+            -1 < x <= 1 for x in of(m, "ssim_") + of(m, "correlation_")
+        ),
     },
     "90_explore_shifts": {
         "the least pair is below the mean": lambda m: 0 < m["least_pair"] < m["pairs_cosine"] < 1,
