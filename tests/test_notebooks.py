@@ -259,6 +259,18 @@ INVARIANTS: dict[str, dict[str, Callable[[Values], bool]]] = {
             -1 < x <= 1 for x in of(m, "ssim_") + of(m, "correlation_")
         ),
     },
+    "34_edited_codes": {
+        "maps gain on features": lambda m: min(of(m, "gain_")) > 0,
+        "codes of photographs are nearest to the range": lambda m: all(
+            m[f"missed_{d}_real"] < min(m[f"missed_{d}_gaussian"], m[f"missed_{d}_scattered"])
+            for d in ("shallow", "deep")
+        ),
+        "mixtures are harder than real codes": lambda m: (
+            min(m["mixture_harder_shallow"], m["mixture_harder_deep"]) > 0
+        ),
+        "mapped codes give edited pictures": lambda m: min(of(m, "share_mapped_")) > 0.3,
+        "a share of classes is one": lambda m: all(0 <= x <= 1 for x in of(m, "class_own_")),
+    },
     "90_explore_shifts": {
         "the least pair is below the mean": lambda m: 0 < m["least_pair"] < m["pairs_cosine"] < 1,
     },
