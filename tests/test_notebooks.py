@@ -259,6 +259,25 @@ INVARIANTS: dict[str, dict[str, Callable[[Values], bool]]] = {
             -1 < x <= 1 for x in of(m, "ssim_") + of(m, "correlation_")
         ),
     },
+    "32_invariances": {
+        "deeper codes leave more open": lambda m: m["spread_growth"] > 0,
+        "spreads are shares": lambda m: all(
+            0 < m[name] < 1.3
+            for name in m
+            if name.startswith("spread_") and name != "spread_growth"
+        ),
+        "deeper layers notice fewer directions": lambda m: below(
+            of(m, "noticed_features_7_"), of(m, "noticed_features_1_")
+        ),
+        "walks keep to the tolerance": lambda m: m["walk_worst_error"] <= 0.05 + 1e-6,
+        "and change the code less than the straight way": lambda m: min(of(m, "walk_gain_")) > 1,
+        "units use the middle of their field": lambda m: (
+            m["field_edge_features_4"] < m["field_edge_features_1"] < 1
+        ),
+        "channels that notice blur hold finer detail": lambda m: (
+            m["groups_frequency_by_blur_features_1"] > 0
+        ),
+    },
     "34_edited_codes": {
         "maps gain on features": lambda m: min(of(m, "gain_")) > 0,
         "codes of photographs are nearest to the range": lambda m: all(
