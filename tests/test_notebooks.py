@@ -259,6 +259,25 @@ INVARIANTS: dict[str, dict[str, Callable[[Values], bool]]] = {
             -1 < x <= 1 for x in of(m, "ssim_") + of(m, "correlation_")
         ),
     },
+    "31_invert_layers": {
+        "Adam ends lower than the published optimiser": lambda m: (
+            bool(of(m, "objective_ratio_")) and max(of(m, "objective_ratio_")) < 1
+        ),
+        "a shallow code wants little prior": lambda m: m["gap_adam_shallow_squeezenet1_1"] > 0,
+        "light, colour and likeness go with depth": lambda m: all(
+            m[f"{name}_deep_squeezenet1_1"] < m[f"{name}_shallow_squeezenet1_1"]
+            for name in ("luma", "chroma", "ssim")
+        ),
+        "and places": lambda m: (
+            m["displacement_shallow_squeezenet1_1"] < m["displacement_deep_squeezenet1_1"]
+        ),
+        "a shallow pre-image is its own photograph's": lambda m: all(
+            m[f"{name}_kept_shallow_squeezenet1_1"] > 0
+            for name in ("luma", "chroma", "displacement", "ssim")
+        ),
+        "the network knows its pre-images": lambda m: m["recognised_deep_squeezenet1_1"] > 0,
+        "shares are shares": lambda m: all(0 <= x <= 1 for x in of(m, "overtaken_")),
+    },
     "32_invariances": {
         "deeper codes leave more open": lambda m: m["spread_growth"] > 0,
         "spreads are shares": lambda m: all(
