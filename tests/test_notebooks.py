@@ -297,6 +297,22 @@ INVARIANTS: dict[str, dict[str, Callable[[Values], bool]]] = {
             m["groups_frequency_by_blur_features_1"] > 0
         ),
     },
+    "33_prior_zoo": {
+        "no run breaks off": lambda m: m["failed"] == 0,
+        "every prior fits a code better than another photograph does": lambda m: (
+            max(of(m, "feature_middle_") + of(m, "feature_deep_")) < 1
+        ),
+        "noise of the start stays without a prior": lambda m: (
+            m["natural_gradient"] < min(m["gradient_middle_none"], m["gradient_deep_none"])
+        ),
+        "and a grey start has less of it": lambda m: max(of(m, "grey_less_noise_gradient_")) < 0,
+        "divergences are at most a bit": lambda m: all(
+            0 <= x <= 1 for x in of(m, "judge_middle_") + of(m, "judge_deep_")
+        ),
+        "no prior is not the best image": lambda m: (
+            max(of(m, "none_less_finest_correlation_")) < 0
+        ),
+    },
     "34_edited_codes": {
         "maps gain on features": lambda m: min(of(m, "gain_")) > 0,
         "codes of photographs are nearest to the range": lambda m: all(
