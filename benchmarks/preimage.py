@@ -14,7 +14,7 @@ Inversions of 400 steps (the published number) per minute are counted, for the m
 encoder's recommended layers, once per batch size of ours. The ratio is that of the medians of
 seconds for each image and step.
 
-`shares` says where our time goes, for the largest batch: the encoder there and back, the objective
+`shares` says where our time goes, for the best batch: the encoder there and back, the objective
 and priors, the update and bookkeeping; as shares of a whole step, from timed parts.
 
 Only ratios mean anything. On a machine that others use as well, let the clock be "cpu", the
@@ -70,6 +70,14 @@ def usual_loop(
     inner = next(n for n, _ in encoder.named_modules() if n.endswith(layer))
     encoder.requires_grad_(False)
     alpha, smooth = config.priors
+
+    def code(reference: Tensor) -> Tensor:
+        """The layer's output as a grid; tokens before those of places are left out."""
+        found = kept[inner][0]
+        if found.ndim == 2:
+            found = found[-reference[0].numel() :].T.reshape(reference.shape)
+        return found
+
     size = starts.shape[1:].numel()
     mean = torch.tensor(config.mean, device=starts.device).view(1, 3, 1, 1)
     errors = []
@@ -80,7 +88,7 @@ def usual_loop(
             momentum.zero_()
             for _ in range(phase.steps):
                 encoder((levels + mean) / 255)
-                loss = (kept[inner][0] - reference).square().sum() / reference.square().sum()
+                loss = (code(reference) - reference).square().sum() / reference.square().sum()
                 x = levels / alpha.scale
                 right = x[..., :, 1:] - x[..., :, :-1]
                 down = x[..., 1:, :] - x[..., :-1, :]
@@ -94,7 +102,7 @@ def usual_loop(
                     levels += momentum
         with torch.no_grad():
             encoder((levels + mean) / 255)
-            errors.append((kept[inner][0] - reference).square().sum() / reference.square().sum())
+            errors.append((code(reference) - reference).square().sum() / reference.square().sum())
     for hook in hooks:
         hook.remove()
     return torch.stack(errors)
@@ -158,7 +166,7 @@ def measure(name: str, layer: str, options: argparse.Namespace) -> dict[str, Any
     def ours(count: int) -> Tensor:
         found = preimage.invert(
             {layer: codes[:count]}, matcher, config, shape=shape, start=starts[:count],
-            validate=False,
+            batch_size=count, validate=False,
         )  # fmt: skip
         return found.error[layer][:, 0, 0].square()
 
@@ -177,7 +185,7 @@ def measure(name: str, layer: str, options: argparse.Namespace) -> dict[str, Any
     shared = min(len(found), len(baseline))
     apart = (found[:shared].cpu() - baseline[:shared].cpu()).abs() / baseline[:shared].cpu()
     each = {key: statistics.median(value) / options.steps for key, value in times.items()}
-    last = options.batches[-1]
+    best = min(options.batches, key=lambda count: each[count])
     result = {
         "layer": layer,
         "size": size,
@@ -188,7 +196,7 @@ def measure(name: str, layer: str, options: argparse.Namespace) -> dict[str, Any
         "ratio": {str(count): each["usual"] / each[count] for count in options.batches},
         "difference": float(apart.max()),
         "shares": shares(
-            matcher, codes[:last], config, shape, each[last] * last, options.clock, options.repeats
+            matcher, codes[:best], config, shape, each[best] * best, options.clock, options.repeats
         ),
     }
     print(name, json.dumps(result, indent=1))

@@ -104,6 +104,9 @@ _SIGMA_2015 = (_LAMBDA_ALPHA_2015 / _ALPHA_RAW_2015) ** 0.25
 _RMS_2015 = _SIGMA_2015 / math.sqrt(_COUNT_2015)
 _SCALE_2016 = 80.0
 
+#: Pixels of a batch on a CPU: with more, activations leave the caches (`benchmarks/preimage.py`).
+_CPU_PIXELS = 400_000
+
 #: λ of TV^β by layers of CaffeNet (2015, figure 6): 1-6, 7-12, 13-20.
 LAMBDAS_2015 = {"shallow": 0.5, "middle": 5.0, "deep": 50.0}
 #: Weight C of the data term by depth (2016): up to relu3, up to relu4, up to relu5, deeper.
@@ -1067,7 +1070,11 @@ class _Run:
         self.device, self.dtype = first.device, first.dtype
         self.targets = _targets(terms, references)
         self.owner = torch.arange(self.items, device=self.device) // (restarts * penalties)
-        self.batch_size = batch_size or self.items
+        self.batch_size = batch_size or (
+            max(1, _CPU_PIXELS // math.prod(shape[1:]))
+            if self.device.type == "cpu"
+            else self.items
+        )
         mean = config.mean if shape[0] == 3 else (config.grey_mean,)
         self.mean = torch.tensor(mean, dtype=self.dtype, device=self.device).view(-1, 1, 1)
         self.weights = {name: self._put(value.flatten()) for name, value in weights.items()}
@@ -1530,7 +1537,8 @@ def invert(
         start: images (N, C, H, W) in [0, 1] to start from instead of noise; for `Pixels`.
         snapshots: steps (updates done; 0 is the start) at which to keep the images.
         stop: criteria, asked every `config.check_every` steps; an item they stop stays as it is.
-        batch_size: most items that go through the matcher at a time (memory); all by default.
+        batch_size: most items that go through the matcher at a time (memory); by default as many
+            as stay in the caches of a CPU, elsewhere all.
         validate: do :func:`check` first.
         allow_small: take images smaller than a layer's receptive field.
         on_failure: where an item's objective or gradient is not finite, it ends with the best image
