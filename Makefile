@@ -21,7 +21,7 @@ book: $(READY)  ## execute the notebooks that changed and build _build/html
 
 # One thread a worker: two single-threaded workers beat one worker with two threads on small tensors.
 test: $(READY)  ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(READY)  ## check style, types and that notebooks hold no outputs
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,17 @@ BROWSER_FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep a file's tests on one worker, which share what it loaded; a notebook's on their own."""
+    for item in items:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        path = parameters.get("path")
+        notebook = isinstance(path, Path) and path.suffix == ".ipynb"
+        group = path.stem if notebook else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")

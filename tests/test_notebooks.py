@@ -309,9 +309,7 @@ INVARIANTS: dict[str, dict[str, Callable[[Values], bool]]] = {
         "divergences are at most a bit": lambda m: all(
             0 <= x <= 1 for x in of(m, "judge_middle_") + of(m, "judge_deep_")
         ),
-        "no prior is not the best image": lambda m: (
-            max(of(m, "none_less_finest_correlation_")) < 0
-        ),
+        "no prior is not the best image": lambda m: max(of(m, "none_less_finest_correlation_")) < 0,
     },
     "34_edited_codes": {
         "maps gain on features": lambda m: min(of(m, "gain_")) > 0,
