@@ -1071,9 +1071,7 @@ class _Run:
         self.targets = _targets(terms, references)
         self.owner = torch.arange(self.items, device=self.device) // (restarts * penalties)
         self.batch_size = batch_size or (
-            max(1, _CPU_PIXELS // math.prod(shape[1:]))
-            if self.device.type == "cpu"
-            else self.items
+            max(1, _CPU_PIXELS // math.prod(shape[1:])) if self.device.type == "cpu" else self.items
         )
         mean = config.mean if shape[0] == 3 else (config.grey_mean,)
         self.mean = torch.tensor(mean, dtype=self.dtype, device=self.device).view(-1, 1, 1)
