@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
         path = parameters.get("path")
         notebook = isinstance(path, Path) and path.suffix == ".ipynb"
-        group = path.stem if notebook else item.path.stem
+        group = path.stem if notebook and path else item.path.stem
         item.add_marker(pytest.mark.xdist_group(group))
 
 
