@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
@@ -12,3 +13,15 @@ def unknown(what: str, given: object, choices: Iterable[str]) -> ValueError:
     close = difflib.get_close_matches(str(given), choices, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return ValueError(f"unknown {what} {given!r}: {', '.join(choices)}{hint}")
+
+
+def require_positive(what: str, value: float, *, zero: bool = False) -> None:
+    """Raise ValueError unless `value` is finite and above 0, or 0 itself if `zero`."""
+    if not (math.isfinite(value) and (value > 0 or (zero and value == 0))):
+        raise ValueError(f"{what} must be {'at least' if zero else 'above'} 0, not {value!r}")
+
+
+def require_whole(what: str, value: object, least: int) -> None:
+    """Raise ValueError unless `value` is an int, no bool, of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{what} must be a whole number, at least {least}, not {value!r}")

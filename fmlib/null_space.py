@@ -38,7 +38,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import preimage, store
-from .errors import unknown
+from .errors import require_positive, require_whole, unknown
 
 __all__ = ["Walk", "code_error", "noise", "noticed", "same_distance", "walk"]
 
@@ -65,16 +65,6 @@ def _check_images(images: Tensor, what: str = "images") -> None:
         )
     if not bool(images.isfinite().all()) or float(images.min()) < 0 or float(images.max()) > 1:
         raise ValueError(f"{what} must lie within [0, 1]")
-
-
-def _check_number(what: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{what} must be above 0, not {value!r}")
-
-
-def _check_count(what: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{what} must be a whole number, at least {least}, not {value!r}")
 
 
 def _seeds(seeds: Sequence[int] | None, count: int) -> list[int]:
@@ -227,7 +217,7 @@ def noise(
         raise ValueError(f"shape must be (C, H, W) and seeds not empty, not {tuple(shape)}")
     if not (math.isfinite(smooth) and smooth >= 0):
         raise ValueError(f"smooth must be at least 0, not {smooth!r}")
-    _check_number("contrast", contrast)
+    require_positive("contrast", contrast)
     items = []
     for seed in seeds:
         number = int(store.digest([int(seed), "null space"])[:15], 16)
@@ -316,9 +306,9 @@ def noticed(
         ValueError: bad images or options, or a code that is zero, constant or ambiguous.
     """
     _check_images(images)
-    _check_number("tolerance", tolerance)
-    _check_number("reach", reach)
-    _check_count("iterations", iterations, 1)
+    require_positive("tolerance", tolerance)
+    require_positive("reach", reach)
+    require_whole("iterations", iterations, 1)
     numbers = _seeds(seeds, len(images))
     shape = tuple(images.shape[1:])
     signs = (noise(shape, numbers) > 0.5).to(images) * 2 - 1
@@ -381,13 +371,13 @@ def walk(
             zero, receives no gradient, or is one of several without a term.
     """
     _check_images(images)
-    _check_count("steps", steps, 1)
-    _check_count("iterations", iterations, 1)
-    _check_count("corrections", corrections, 0)
-    _check_number("step_size", step_size)
-    _check_number("tolerance", tolerance)
+    require_whole("steps", steps, 1)
+    require_whole("iterations", iterations, 1)
+    require_whole("corrections", corrections, 0)
+    require_positive("step_size", step_size)
+    require_positive("tolerance", tolerance)
     if batch_size is not None:
-        _check_count("batch_size", batch_size, 1)
+        require_whole("batch_size", batch_size, 1)
     numbers = _seeds(seeds, len(images))
     if toward is None:
         toward = noise(tuple(images.shape[1:]), numbers, smooth=smooth)

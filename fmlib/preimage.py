@@ -48,7 +48,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import map_scores, stats, store, taps
-from .errors import unknown
+from .errors import require_positive, require_whole, unknown
 
 if TYPE_CHECKING:
     from .encoders import Encoder
@@ -119,16 +119,6 @@ class NonFiniteError(RuntimeError):
     def __init__(self, message: str, result: Inversion) -> None:
         super().__init__(message)
         self.result = result
-
-
-def _positive(what: str, value: float, *, zero: bool = False) -> None:
-    if not (math.isfinite(value) and (value > 0 or (zero and value == 0))):
-        raise ValueError(f"{what} must be {'at least' if zero else 'above'} 0, not {value!r}")
-
-
-def _whole(what: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{what} must be a whole number, at least {least}, not {value!r}")
 
 
 # ------------------------------------------------------------------------------- 1. what to match
@@ -257,7 +247,7 @@ class Term:
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise unknown("objective", self.objective, OBJECTIVES)
-        _positive("the weight of a term", self.weight)
+        require_positive("the weight of a term", self.weight)
         if isinstance(self.channels, str) and self.channels not in ("first", "second"):
             raise unknown("group of channels", self.channels, ["first", "second"])
 
@@ -402,8 +392,8 @@ class Fourier:
     bounded: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _positive("decay", self.decay, zero=True)
-        _positive("deviation", self.deviation)
+        require_positive("decay", self.decay, zero=True)
+        require_positive("deviation", self.deviation)
 
     def begin(
         self, generators: Sequence[torch.Generator], shape: tuple[int, int, int], rms: float
@@ -450,7 +440,7 @@ class DeepImagePrior:
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "noise"):
-            _whole(name, getattr(self, name), 1)
+            require_whole(name, getattr(self, name), 1)
 
     def _sizes(self, channels: int) -> list[tuple[int, int, int]]:
         inner = [(self.width, self.noise, 3)] + [(self.width, self.width, 3)] * (2 * self.depth - 1)
@@ -569,8 +559,8 @@ class AlphaNorm:
     name: ClassVar[str] = "alpha"
 
     def __post_init__(self) -> None:
-        _positive("the weight of a prior", self.weight, zero=True)
-        _positive("scale", self.scale)
+        require_positive("the weight of a prior", self.weight, zero=True)
+        require_positive("scale", self.scale)
 
     def __call__(self, x: Tensor, mean: Tensor) -> Tensor:
         """(N,) unweighted."""
@@ -589,8 +579,8 @@ class TotalVariation:
     name: ClassVar[str] = "tv"
 
     def __post_init__(self) -> None:
-        _positive("the weight of a prior", self.weight, zero=True)
-        _positive("scale", self.scale)
+        require_positive("the weight of a prior", self.weight, zero=True)
+        require_positive("scale", self.scale)
         if self.per not in ("values", "pixels"):
             raise unknown("per", self.per, ["values", "pixels"])
 
@@ -610,7 +600,7 @@ class Bounds:
     name: ClassVar[str] = "bounds"
 
     def __post_init__(self) -> None:
-        _positive("the weight of a prior", self.weight, zero=True)
+        require_positive("the weight of a prior", self.weight, zero=True)
         if not self.low < self.high:
             raise ValueError(f"low must be below high, not {self.low} and {self.high}")
 
@@ -643,7 +633,7 @@ class NormBall:
     radius: float = 2 * _SCALE_2016
 
     def __post_init__(self) -> None:
-        _positive("radius", self.radius)
+        require_positive("radius", self.radius)
 
     def __call__(self, x: Tensor, mean: Tensor) -> Tensor:
         """Levels back in range."""
@@ -652,7 +642,7 @@ class NormBall:
 
 def jitter_for_stride(stride: float) -> int:
     """Jitter of 2016 for a layer's stride in pixels: a quarter of it, at least 1 (none)."""
-    _positive("stride", stride)
+    require_positive("stride", stride)
     return max(math.floor(stride / 4 + 0.5), 1)
 
 
@@ -666,7 +656,7 @@ class Jitter:
     amount: int
 
     def __post_init__(self) -> None:
-        _whole("the amount of jitter", self.amount, 1)
+        require_whole("the amount of jitter", self.amount, 1)
 
 
 @dataclass(frozen=True)
@@ -677,7 +667,7 @@ class RandomScale:
     high: float = 1.1
 
     def __post_init__(self) -> None:
-        _positive("low", self.low)
+        require_positive("low", self.low)
         if not self.low <= self.high:
             raise ValueError(f"low must not exceed high, not {self.low} and {self.high}")
 
@@ -689,14 +679,26 @@ class RandomRotation:
     degrees: float = 5.0
 
     def __post_init__(self) -> None:
-        _positive("degrees", self.degrees, zero=True)
+        require_positive("degrees", self.degrees, zero=True)
 
 
 # ---------------------------------------------------------------------------------- optimisers
 
 
 @dataclass(frozen=True)
-class Momentum:
+class _Optimiser:
+    """What all have: a rate, and an `update` that gives the change and the new slots."""
+
+    rate: float
+    slots: ClassVar[int]
+    pixels_only: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        require_positive("rate", self.rate)
+
+
+@dataclass(frozen=True)
+class Momentum(_Optimiser):
     """m ← momentum · m − rate · σ² · ∇, x ← x + m (2015, code); for pixels.
 
     σ² = rms² · C · H · W turns the step on x/σ of the paper into one on levels.
@@ -705,10 +707,6 @@ class Momentum:
     rate: float = 0.004
     momentum: float = 0.9
     slots: ClassVar[int] = 1
-    pixels_only: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        _positive("rate", self.rate)
 
     def update(
         self, gradient: Tensor, slots: Sequence[Tensor], factor: float, step: int, scale: float
@@ -719,7 +717,7 @@ class Momentum:
 
 
 @dataclass(frozen=True)
-class DecayedAdagrad:
+class DecayedAdagrad(_Optimiser):
     """G ← μ G + ∇², m ← μ m − ∇ / (1/rate + √G), x ← x + m (2016, §3.4 and code); for pixels.
 
     rate = H · W · 0.05 · 80² / 6 for the published `rate`.
@@ -728,10 +726,6 @@ class DecayedAdagrad:
     rate: float = 0.05 * _SCALE_2016**2 / 6
     momentum: float = 0.9
     slots: ClassVar[int] = 2
-    pixels_only: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        _positive("rate", self.rate)
 
     def update(
         self, gradient: Tensor, slots: Sequence[Tensor], factor: float, step: int, scale: float
@@ -745,16 +739,13 @@ class DecayedAdagrad:
 
 
 @dataclass(frozen=True)
-class Adam:
+class Adam(_Optimiser):
     """Kingma & Ba (2015); for every parameterisation. For pixels the rate is in levels."""
 
     rate: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
     slots: ClassVar[int] = 2
     pixels_only: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        _positive("rate", self.rate)
 
     def update(
         self, gradient: Tensor, slots: Sequence[Tensor], factor: float, step: int, scale: float
@@ -780,8 +771,8 @@ class Phase:
     transforms: bool = True  #: whether the random transforms are on
 
     def __post_init__(self) -> None:
-        _whole("steps", self.steps, 1)
-        _positive("factor", self.factor)
+        require_whole("steps", self.steps, 1)
+        require_positive("factor", self.factor)
 
 
 # ------------------------------------------------------------------------------- configurations
@@ -813,9 +804,9 @@ class Config:
             raise unknown("keep", self.keep, ["last", "best"])
         if not self.schedule:
             raise ValueError("the schedule has no phase")
-        _whole("check_every", self.check_every, 1)
-        _positive("data_weight", self.data_weight)
-        _positive("rms", self.rms)
+        require_whole("check_every", self.check_every, 1)
+        require_positive("data_weight", self.data_weight)
+        require_positive("rms", self.rms)
         bounded = self.parameterisation.bounded
         what = type(self.parameterisation).__name__
         if self.optimiser.pixels_only and not isinstance(self.parameterisation, Pixels):
@@ -949,7 +940,7 @@ def target_error(level: float) -> Stop:
 
     For one l2 term of weight 1 (else the root of the weighted sum of what is matched).
     """
-    _positive("level", level)
+    require_positive("level", level)
 
     def stop(progress: Progress) -> Tensor:
         return progress.data[-1] <= level**2
@@ -962,8 +953,8 @@ def plateau(tolerance: float = 1e-3, *, window: int = 50) -> Stop:
 
     Compares means of the last and of the last but one `window` steps.
     """
-    _positive("tolerance", tolerance)
-    _whole("window", window, 1)
+    require_positive("tolerance", tolerance)
+    require_whole("window", window, 1)
 
     def stop(progress: Progress) -> Tensor | bool:
         if len(progress.loss) < 2 * window:
@@ -1561,10 +1552,10 @@ def invert(
     known = _references(references)
     chosen = _terms(terms, known)
     images = len(next(iter(known.values())))
-    _whole("restarts", restarts, 1)
-    _whole("checkpoint_every", checkpoint_every, 1)
+    require_whole("restarts", restarts, 1)
+    require_whole("checkpoint_every", checkpoint_every, 1)
     if batch_size is not None:
-        _whole("batch_size", batch_size, 1)
+        require_whole("batch_size", batch_size, 1)
     if on_failure not in ("warn", "raise", "ignore"):
         raise unknown("on_failure", on_failure, ["warn", "raise", "ignore"])
     numbers = list(range(images)) if seeds is None else [int(seed) for seed in seeds]
@@ -1723,8 +1714,8 @@ def discrepancy(
         raise unknown("prior", penalty, [prior.name for prior in config.priors])
     if not 0 < low < high < math.inf:
         raise ValueError(f"0 < low < high is needed, not {low} and {high}")
-    _whole("points", points, 2)
-    _whole("rounds", rounds, 1)
+    require_whole("points", points, 2)
+    require_whole("rounds", rounds, 1)
     if "penalties" in options or options.get("restarts", 1) != 1:
         raise ValueError("penalties and restarts are not options of discrepancy")
     known = _references(references)
