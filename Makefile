@@ -42,6 +42,7 @@ bench: $(READY)  ## measure speed as ratios against named baselines
 	$(BIN)/python benchmarks/shift.py
 	$(BIN)/python benchmarks/maps.py
 	$(BIN)/python benchmarks/preimage.py
+	$(BIN)/python benchmarks/upconv.py
 
 lock: $(READY)  ## resolve every version and hash anew
 	$(BIN)/uv pip compile pyproject.toml --group test --group lint --group lab --universal \
