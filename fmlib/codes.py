@@ -235,7 +235,8 @@ class Codes:
             of the picture, as sparse tensors: for training on a fixed pool of crops.
 
     Raises:
-        ValueError: no names, an unknown layer, descriptor or change.
+        ValueError: no names, an unknown layer, descriptor or change, logits of a network without
+            classifier.
     """
 
     def __init__(
@@ -257,6 +258,10 @@ class Codes:
             if base == "probabilities":
                 base, changes = "logits", ["softmax", *changes]
             if base == "logits" and not isinstance(source, Mapping):
+                if getattr(source.net, "num_classes", None) == 0:
+                    raise ValueError(
+                        f"{source.name} has no classifier: no logits, no probabilities"
+                    )
                 last = last or list(taps.trace(source))[-1]
                 base = last
             self._parts[name] = base, tuple(make(change) for change in changes)

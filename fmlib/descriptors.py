@@ -571,12 +571,14 @@ class LBP(Descriptor):
             bits = [(d > 0).long() << b for b, d in enumerate(differences)]
             code = classes[torch.stack(bits).sum(0)]
             return image.new_zeros(len(image), 58, height, width).scatter_(1, code, 1.0)
-        pattern = torch.ones_like(centre)
-        for d in differences:  # later bits are higher, so that channel = pattern
-            ones, zeros = (d / self.softness).sigmoid(), (-d / self.softness).sigmoid()
-            pattern = torch.cat([pattern * zeros, pattern * ones], 1)
-        member = F.one_hot(classes, 58).to(image)
-        return torch.einsum("npyx,pc->ncyx", pattern, member)
+        # log of a pattern's probability: Σ z of its ones − Σ softplus(z). One convolution gives the
+        # 58 uniform patterns; what is left of 1 belongs to the others.
+        z = torch.cat(differences, 1) / self.softness
+        runs = [int((classes == k).nonzero()[0]) for k in range(56)]
+        bits = z.new_tensor([[p >> b & 1 for b in range(8)] for p in [*runs, 0, 255]])
+        likely = (F.conv2d(z, bits[:, :, None, None]) - F.softplus(z).sum(1, keepdim=True)).exp()
+        flat, other = likely[:, 56:].sum(1, keepdim=True), 1 - likely.sum(1, keepdim=True)
+        return torch.cat([likely[:, :56], flat, other.clamp_min(0)], 1)
 
     def _describe(self, x: Tensor) -> Tensor:
         assigned = self._assigned(grey(x))

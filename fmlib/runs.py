@@ -553,6 +553,10 @@ def _versions() -> dict[str, str | None]:
     return found
 
 
+#: What starts a kernel; the tests fork theirs from a process that has done the imports.
+_LAUNCHER = (sys.executable, "-m", "ipykernel_launcher")
+
+
 def _kernel_environment(scratch: Path) -> dict[str, str]:
     """What is set for the kernel, beside the caller's environment (thread counts pass through)."""
     return {
@@ -583,7 +587,7 @@ def _kernel_manager(scratch: Path, processes: list[Any], log: Any) -> type:
     class Specs(KernelSpecManager):
         def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
             return KernelSpec(
-                argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+                argv=[*_LAUNCHER, "-f", "{connection_file}"],
                 display_name="Python 3",
                 language="python",
                 env=_kernel_environment(scratch),

@@ -89,7 +89,8 @@ class Architecture:
         convolutions: 3 × 3 convolutions on a grid, before it grows.
         contract: levels that a grid is first halved by, with 5 × 5 convolutions of stride 2; for
             HOG, LBP and SIFT grids the paper goes down until 64 times smaller than the image.
-        logarithm: take the logarithm of the code from this floor up; for probabilities.
+        logarithm: take the logarithm of the code from this floor up, less its mean over channels;
+            for probabilities, which so become logits but for a constant.
 
     Raises:
         ValueError: an option out of range.
@@ -267,6 +268,7 @@ class Decoder(nn.Module):
         code = code.float()
         if self.architecture.logarithm is not None:
             code = code.clamp_min(self.architecture.logarithm).log()
+            code = code - code.mean(1, keepdim=True)
         return code
 
     @torch.no_grad()

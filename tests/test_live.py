@@ -190,3 +190,101 @@ def test_bad_parameters_of_an_inversion_are_named(parameters, said):
     usual = {"encoder": "squeezenet1_1", "steps": 4, "size": 48, "previews": 2}
     with pytest.raises(ValueError, match=said):
         opened("91_explore_inversion", **(usual | parameters))
+
+
+# ------------------------------------------------------------------------------------ decoder
+
+
+@pytest.fixture(scope="module")
+def decoding() -> dict[str, Any]:
+    return opened("92_explore_decoder", pool=4, mixtures=2)
+
+
+def said_after(decoding: dict[str, Any]) -> str:
+    """Press Decode; what the panel says."""
+    decoding["button"].click()
+    assert not decoding["button"].disabled
+    return decoding["status"].value
+
+
+def test_decode_shows_the_choice(decoding):
+    decoding["level"].value = "blocks.6"
+    decoding["doing"].value = "quantise:2"
+    said = said_after(decoding)
+    assert bytes(decoding["preview"].value).startswith(widgets.PNG_SIGNATURE)
+    for title in ("code as it is", "quantise:2", "mean image"):
+        assert f"{title}: 0." in said or f"{title}: 1." in said
+    assert "own decoder" not in said  # no decoder was trained for this change
+
+
+def test_a_decoder_of_its_own_is_shown_beside(decoding):
+    decoding["level"].value, decoding["doing"].value = "blocks.6", "binarise"
+    assert "binarise, own decoder" in said_after(decoding)
+
+
+def test_the_share_acts_at_once(decoding):
+    decoding["doing"].value = "none"
+    decoding["button"].click()
+    before = bytes(decoding["preview"].value)
+    decoding["mix"].value = 1.0
+    assert bytes(decoding["preview"].value) != before
+    assert "binarise" not in decoding["status"].value
+    decoding["mix"].value = 0.0
+    assert bytes(decoding["preview"].value) == before
+
+
+def test_random_changes_follow_the_seed(decoding):
+    decoding["level"].value, decoding["doing"].value = "blocks.4", "noise:1"
+    decoding["button"].click()
+    before = bytes(decoding["preview"].value)
+    decoding["drawn"].value = 1
+    assert bytes(decoding["preview"].value) != before
+    decoding["drawn"].value = 0
+    assert bytes(decoding["preview"].value) == before
+
+
+def test_a_mixture_ends_at_both_pictures(decoding):
+    by_name, explore = decoding["by_name"], decoding["explore"]
+    pair = by_name("028_nuthatch"), by_name("067_toucan")
+    _, there, errors = explore(*pair, "efficientnet_lite0", "blocks.2", "none", 1.0, 0)
+    _, back, _ = explore(*pair[::-1], "efficientnet_lite0", "blocks.2", "none", 0.0, 0)
+    assert torch.allclose(there["code as it is"], back["code as it is"], atol=1e-5)
+    to_first, to_second = errors["code as it is"]
+    assert to_second < to_first
+
+
+def test_another_source_brings_its_codes(decoding):
+    decoding["model"].value = "descriptors"
+    assert "hog" in decoding["level"].options
+    decoding["level"].value, decoding["doing"].value = "hog", "none"
+    assert "code as it is" in said_after(decoding)
+    decoding["model"].value = "efficientnet_lite0"
+    assert "blocks.4" in decoding["level"].options
+
+
+def test_what_cannot_be_decoded_is_said_and_the_panel_lives_on(decoding):
+    decoding["doing"].value = "binarize"
+    assert "binarise" in said_after(decoding)  # the closest name
+    decoding["level"].value, decoding["doing"].value = "blocks.4", "top:5"
+    assert "is for vectors" in said_after(decoding)
+    decoding["doing"].value = "none"
+    give(decoding, "x.png", b"no picture")
+    assert "x.png" in said_after(decoding)
+    give(decoding, "mine.png", widgets.png(torch.rand(3, 60, 80)))
+    assert "code as it is" in said_after(decoding)
+    decoding["upload"].value = ()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        ({"encoder": "squeezenet1_2"}, "squeezenet1_1"),
+        ({"layer": "blocks.77"}, "blocks.4"),
+        ({"change": "binarize"}, "binarise"),
+        ({"picture": "028_nuthach"}, "028_nuthatch"),
+        ({"pool": 1}, "pool"),
+    ],
+)
+def test_bad_parameters_of_a_decoding_are_named(parameters, said):
+    with pytest.raises(ValueError, match=said):
+        opened("92_explore_decoder", **({"pool": 4, "mixtures": 2} | parameters))

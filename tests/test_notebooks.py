@@ -11,7 +11,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -323,6 +324,90 @@ INVARIANTS: dict[str, dict[str, Callable[[Values], bool]]] = {
         "mapped codes give edited pictures": lambda m: min(of(m, "share_mapped_")) > 0.3,
         "a share of classes is one": lambda m: all(0 <= x <= 1 for x in of(m, "class_own_")),
     },
+    "40_upconv_descriptors": {
+        "errors are finite distances": lambda m: all(0 < x < 3 for x in of(m, "error_")),
+        "an up-convolution is a transposed convolution": lambda m: (
+            m["upconvolution_difference"] < 1e-9
+        ),
+        "HOG has no colour": lambda m: m["code_change_without_colour_hog"] < 0.02,
+        "the mean beats one looked-up picture": lambda m: all(
+            m["error_mean_image"] < m[f"nearest_{name}"] for name in ("hog", "lbp", "sift_grid")
+        ),
+        "HOG beats the mean image": lambda m: m["mean_less_learned_hog"] > 0,
+    },
+    "41_upconv_layers": {
+        "shallow codes give the picture back": lambda m: all(
+            m[f"over_{floor}_{layer}"] < 0
+            for floor in ("mean", "neighbours")
+            for layer in ("blocks_0_efficientnet_lite0", "features_1_squeezenet1_1")
+        ),
+        "deeper codes give less": lambda m: (
+            min(m["rise_efficientnet_lite0"], m["rise_squeezenet1_1"]) > 0
+        ),
+        "and fewer bits": lambda m: (
+            m["bits_blocks_0_efficientnet_lite0"]
+            > m["bits_blocks_3_efficientnet_lite0"]
+            > m["bits_logits_efficientnet_lite0"]
+        ),
+        "a code made for it gives more": lambda m: min(of(m, "bound_gap_")) > 0,
+        "decoders win in image error": lambda m: m["image_gap_adam"] < 0,
+        "light lies where it lay in a shallow code": lambda m: (
+            m["explained_luma_blocks_0_efficientnet_lite0"] > 0.5
+            and m["layout_kept_luma_blocks_0_efficientnet_lite0"] > 0.5
+        ),
+    },
+    "42_code_perturbations": {
+        "unchanged codes beat the mean image": lambda m: max(of(m, "unchanged_")) < m["mean_image"],
+        "values at wrong places mislead more than no values": lambda m: below(
+            of(m, "loss_binarise_"), of(m, "loss_moved_")
+        ),
+        "more bits, less loss": lambda m: below(of(m, "quantised_4_"), of(m, "quantised_1_")),
+        "a sparse code's chimera is its pattern's": lambda m: (
+            m["pattern_share_squeezenet1_1_features_12"] > 0
+            and m["values_less_pattern_squeezenet1_1_features_12"] > 0
+        ),
+        "a pattern of two signs costs at most a bit": lambda m: all(
+            0 < x <= 1 for x in of(m, "sign_bits_")
+        ),
+    },
+    "43_probabilities": {
+        "all digits beat the mean image": lambda m: m["gain_logits_over_mean_image"] > 0,
+        "the five largest are not missed": lambda m: abs(m["rest_less_all_logits"]) < 0.03,
+        "digits tell": lambda m: m["error_logits_round_12"] < m["error_logits_round_1"],
+        "rates are shares": lambda m: all(
+            0 <= x <= 1 for x in of(m, "identified_") + of(m, "pair_decoded_")
+        ),
+        "a file is its own fingerprint": lambda m: m["identified_same_file_all"] == 1,
+        "and another crop is told beyond chance": lambda m: (
+            m["identified_another_crop_all"] > 2 * m["chance"]
+        ),
+    },
+    "44_image_prior": {
+        "a shallow decoder beats the mean image": lambda m: m["gain_blocks_2"] > 0,
+        "place and colour go with depth": lambda m: (
+            m["place_logits"] < m["place_blocks_2"] and m["tint_logits"] < m["tint_blocks_2"]
+        ),
+        "a shallow picture moves with its photograph": lambda m: (
+            0.9 < m["place_blocks_2"] < 1.1 and 0.9 < m["place_ceiling_photographs"] < 1.1
+        ),
+        "paths bend more in deep layers": lambda m: (
+            0 < m["deviation_blocks_2"] < m["deviation_global_pool"]
+        ),
+        "a random code is shown less faithfully": lambda m: (
+            m["code_error_unit_by_unit_less_real_blocks_2"] > 0
+        ),
+    },
+    "45_hybrid": {
+        "refinement matches the code better than the decoder": lambda m: (
+            max(of(m, "hybrid_less_decoder_feature_")) < 0
+        ),
+        "and stays nearer to the photograph than from the mean picture": lambda m: (
+            max(of(m, "hybrid_less_mean_image_")) < 0
+        ),
+        "mapped codes give edited pictures": lambda m: min(of(m, "share_mean_")) > 0,
+        "shares of steps are shares": lambda m: all(0 <= x <= 1 for x in of(m, "steps_share_")),
+        "edits reach the decoded picture": lambda m: min(of(m, "seen_")) > 0,
+    },
     "90_explore_shifts": {
         "the least pair is below the mean": lambda m: 0 < m["least_pair"] < m["pairs_cosine"] < 1,
     },
@@ -346,6 +431,11 @@ INVARIANTS: dict[str, dict[str, Callable[[Values], bool]]] = {
         ),
         "nor flip under circular shifts": lambda m: (
             m["circular_consistency_squeezenet1_1_polyphase"] == 1
+        ),
+    },
+    "92_explore_decoder": {
+        "the code helps, and changing it harms": lambda m: (
+            0 < m["error_plain"] < min(m["error_changed"], m["error_mean_image"])
         ),
     },
 }
@@ -455,13 +545,33 @@ def test_figure_names_are_unique() -> None:
 
 
 @pytest.fixture(scope="session")
-def smoke(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], runs.RunResult]:
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, ...]]:
+    """What starts a kernel for a smoke run: a fork of one that has done the imports."""
+    folder = tmp_path_factory.mktemp("kernels")
+    script = Path(__file__).with_name("warm_kernels.py")
+    path = os.path.relpath(folder / "socket") if len(str(folder)) > 80 else str(folder / "socket")
+    environment = os.environ | runs._kernel_environment(folder)
+    with subprocess.Popen([sys.executable, script, "serve", path], env=environment) as server:
+        deadline = time.monotonic() + 300
+        while not Path(path).exists() and time.monotonic() < deadline and server.poll() is None:
+            time.sleep(0.1)
+        assert Path(path).exists()
+        yield (sys.executable, str(script), "start", path)
+        server.kill()
+
+
+@pytest.fixture(scope="session")
+def smoke(
+    tmp_path_factory: pytest.TempPathFactory, launcher: tuple[str, ...]
+) -> Callable[[Path], runs.RunResult]:
     """The result of a notebook's smoke run, which happens once."""
     folder = tmp_path_factory.mktemp("smoke")
 
     @functools.cache
     def result(path: Path) -> runs.RunResult:
-        return runs.run(path, profile="smoke", directory=folder / path.stem)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(runs, "_LAUNCHER", launcher)
+            return runs.run(path, profile="smoke", directory=folder / path.stem)
 
     return result
 

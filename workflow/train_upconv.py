@@ -25,16 +25,20 @@ from fmlib.images import ImageSet
 from fmlib.upconv import SMALL, Target
 
 LITE0 = [f"blocks.{k}" for k in range(7)]
-TO_LOGARITHM = replace(SMALL, logarithm=1e-6)
+#: Most probabilities are far below 1e-6; what is rounded to 0 gets a tenth of the last decimal.
+OF_PROBABILITIES = {"": 1e-12, "round:2": 1e-3}
 WIDE = replace(SMALL, cap=48)
 
 
 def plain(*names: str) -> dict[str, Target]:
     """Small decoders of codes; of probabilities' logarithms."""
-    return {
-        name: Target(name, TO_LOGARITHM if name.startswith("probabilities") else SMALL)
-        for name in names
-    }
+    plan = {}
+    for name in names:
+        base, _, change = name.partition("|")
+        floor = OF_PROBABILITIES.get(change, OF_PROBABILITIES[""])
+        logarithm = floor if base == "probabilities" else None
+        plan[name] = Target(name, replace(SMALL, logarithm=logarithm))
+    return plan
 
 
 def bounds(*names: str) -> dict[str, Target]:
@@ -47,15 +51,19 @@ GROUPS: dict[str, tuple[str, int, dict[str, Target]]] = {
     "efficientnet_lite0": (
         "efficientnet_lite0",
         96,
-        plain(*LITE0, "global_pool", "logits", "probabilities")
+        plain(*LITE0, "global_pool", "logits")
         | bounds("blocks.2", "blocks.6"),
     ),
     "efficientnet_lite0-changed": (
         "efficientnet_lite0",
         96,
+        plain("blocks.6|binarise", "blocks.6|dropout:0.5"),
+    ),
+    "efficientnet_lite0-probabilities": (
+        "efficientnet_lite0",
+        96,
         plain(
-            "blocks.6|binarise", "blocks.6|dropout:0.5",
-            "probabilities|top:5", "probabilities|rest:5", "probabilities|round:2",
+            "probabilities", "probabilities|top:5", "probabilities|rest:5", "probabilities|round:2"
         ),
     ),
     "squeezenet1_1": (
@@ -63,13 +71,14 @@ GROUPS: dict[str, tuple[str, int, dict[str, Target]]] = {
         96,
         plain(
             "features.1", "features.4", "features.7", "features.10", "features.12", "logits",
-            "probabilities", "features.12|binarise",
+            "features.12|binarise",
         ),
     ),
+    "squeezenet1_1-probabilities": ("squeezenet1_1", 96, plain("probabilities")),
     "vit": (
         "vit_small_patch14_saliency",
         98,
-        plain("blocks.2", "blocks.6", "blocks.10", "fc_norm", "logits", "probabilities"),
+        plain("blocks.2", "blocks.6", "blocks.10", "fc_norm"),
     ),
     "random": (
         "random:efficientnet_lite0",
@@ -192,7 +201,7 @@ def main() -> None:
         codes = Codes(extract.optimise(encoder, keep=layers), names)
     config = upconv.Training(
         size=size, steps=given.steps, batch_size=given.batch_size, seed=given.seed,
-        pool=3 if given.group == "sift" else 0, validate_every=100,
+        pool=2 if given.group == "sift" else 0, validate_every=100,
     )  # fmt: skip
     result = upconv.train(
         codes, plan, pictures, validation, config=config, checkpoint=given.checkpoint,
