@@ -273,12 +273,13 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, code: Tensor) -> None:
-        """Take means and deviations from codes (N, ...)."""
+        """Take means and deviations from codes (N, ...), these no less than a tenth of their rms."""
         code = self._prepared(code).double()
         over = [d for d in range(code.ndim) if d != 1]
         mean, std = code.mean(over), code.std(over, correction=0)
-        # a channel that is never on is left alone rather than divided by zero
-        std = torch.where(std > 1e-6 * std.max().clamp_min(1e-30), std, 1)
+        # a channel that is hardly ever on would be blown up when it is
+        std = std.clamp_min(0.1 * std.square().mean().sqrt())
+        std = torch.where(std > 0, std, 1)
         self.mean.copy_(mean)
         self.std.copy_(std)
 

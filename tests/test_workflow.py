@@ -31,7 +31,13 @@ def build(*, profile, offline):
     (html / "index.html").write_text(profile)
     return SimpleNamespace(html=html, pages=1, seconds=0.0)
 """
-MODULES = {"alpha": "from fmlib import common", "beta": "", "common": "", "book": BOOK}
+MODULES = {
+    "alpha": "from fmlib import common",
+    "beta": "from fmlib import upconv",
+    "common": "",
+    "upconv": "",
+    "book": BOOK,
+}
 
 
 def write_notebook(path: Path, first: str) -> None:
@@ -51,7 +57,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project of two notebooks and three modules, run. Tests put back what they change."""
     project = tmp_path_factory.mktemp("project")
     shutil.copytree(ROOT / "workflow", project / "workflow")
-    for folder in ("fmlib", "notebooks", "book/_static", "data/photos"):
+    for folder in ("fmlib", "notebooks", "book/_static", "data/photos", "data/weights/upconv"):
         (project / folder).mkdir(parents=True)
     for name in ("__init__", "__main__", "runs", "store"):
         shutil.copy(ROOT / f"fmlib/{name}.py", project / "fmlib")
@@ -64,6 +70,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in (
         "book/_static/x.css",
         "data/photos/1.jpg",
+        "data/weights/upconv/x.safetensors",
         "requirements.lock",
         "weights.lock",
         "_config.yml",
@@ -167,6 +174,7 @@ CHANGES = {
     "the prose": ("book/index.md", "x", "y", {"book"}),
     "the style sheet": ("book/_static/x.css", "x", "y", {"book"}),
     "the contents": ("_toc.yml", "x", "y", {"book"}),
+    "a trained decoder": ("data/weights/upconv/x.safetensors", "x", "y", {"b", "book"}),
     "a picture": ("data/photos/1.jpg", "x", "y", set()),  # of a set that neither reads
 }
 
