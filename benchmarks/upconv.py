@@ -4,7 +4,7 @@
         [--steps 8] [--batch-size 16] [--device cpu] [--precision float32] [--encoders NAME ...]
 
 Both ways are `upconv.train` on the same crops with the same settings, in turns within one run:
-"joint" trains decoders of all recommended layers and the logits in one pass, "separate" one after
+"joint" trains decoders of all recommended layers and the logits, if any, in one pass, "separate" one after
 another (each time the encoder only goes as deep as that decoder needs). The weights come out the
 same (tests/test_upconv.py). Steps are timed less what a run of one step takes, so that starting
 does not count. `shares` says what the encoder, forward alone, takes of a joint step.
@@ -92,7 +92,8 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """One encoder."""
     device = encoders.device(options.device)
     plain = encoders.load(name, device=device)
-    layers = [*plain.recommended, "logits"]
+    classes = getattr(plain.net, "num_classes", None) != 0
+    layers = [*plain.recommended, *(["logits"] if classes else [])]
     fast = extract.optimise(plain, keep=plain.recommended)
     patch = 14 if "patch14" in name else 1
     size = options.size // patch * patch
