@@ -7,7 +7,8 @@ Both ways are `upconv.train` on the same crops with the same settings, in turns 
 "joint" trains decoders of all recommended layers, and of the logits if there are any, in one pass,
 "separate" one after another (each time the encoder only goes as deep as that decoder needs). The
 weights come out the same (tests/test_upconv.py). Steps are timed less what a run of one step takes,
-so that starting does not count. `shares` says what the encoder, forward alone, takes of a joint step.
+so that starting does not count. `share_of_the_encoder` is what it takes, forward alone, of a joint
+step.
 
 `zero_insertion` is the ratio of one up-convolution done as published (zeros inserted, 5 x 5
 convolution) to ours (the transposed convolution that it equals), forward and back, for the
