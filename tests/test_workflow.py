@@ -165,7 +165,7 @@ CHANGES = {
     "a notebook": ("notebooks/a.ipynb", "import time", "import time as t, time", {"a", "book"}),
     "a module of one": ("fmlib/alpha.py", "common", "common as c", {"a", "book"}),
     "a module behind it": ("fmlib/common.py", "\n", "x = 1\n", {"a", "book"}),
-    "the other's module": ("fmlib/beta.py", "\n", "x = 1\n", {"b", "book"}),
+    "the other's module": ("fmlib/beta.py", "upconv", "upconv as u", {"b", "book"}),
     "the runner": ("fmlib/runs.py", '"""Strict', '"""Very strict', {"a", "b", "book"}),
     "the locked versions": ("requirements.lock", "x", "y", {"a", "b", "book"}),
     "a profile's value": ("notebooks/profiles.yml", "seed: 1", "seed: 2", {"a", "b", "book"}),
