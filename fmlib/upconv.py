@@ -273,7 +273,7 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, code: Tensor) -> None:
-        """Take means and deviations from codes (N, ...), these no less than a tenth of their rms."""
+        """Take means and deviations of codes (N, ...), these no less than a tenth of their rms."""
         code = self._prepared(code).double()
         over = [d for d in range(code.ndim) if d != 1]
         mean, std = code.mean(over), code.std(over, correction=0)
