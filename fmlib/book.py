@@ -50,6 +50,7 @@ SCRIPTS = {
 """The JavaScript of an offline book, by npm package."""
 
 SCRIPT_FOLDER = "js"
+ICONS = (".woff2", ".woff", ".ttf", ".svg")
 MINIMUM_N = 5
 VERDICTS = {"supported": "success", "not supported": "danger", "undecided": "secondary"}
 
@@ -868,7 +869,7 @@ def fetch_scripts(directory: str | Path) -> Path:
     """
     directory = Path(directory)
     site = directory / "site"
-    wanted = _digest([SCRIPTS, SETUP_JS])
+    wanted = _digest([SCRIPTS, SETUP_JS, "icons beside both modules"])
     mark = directory / "complete"
     if mark.exists() and mark.read_text() == wanted and site.is_dir():
         return site
@@ -884,13 +885,15 @@ def fetch_scripts(directory: str | Path) -> Path:
     folder = site / SCRIPT_FOLDER
     packages = {name: _package(npm, name, directory) for name in SCRIPTS}
     _unpack(packages["requirejs"], {"require.js": folder / "require.js"})
-    # Icons are asked for under the module's name, "@jupyter-widgets/html-manager/dist/...".
+    widgets = folder / "@jupyter-widgets"
     _unpack(
         packages["@jupyter-widgets/html-manager"],
-        {"dist/": folder / "@jupyter-widgets" / "html-manager" / "dist"},
-        suffixes=("embed-amd.js", ".woff2", ".woff", ".ttf", ".svg"),
-        without=("libembed-amd.js",),
+        {"dist/embed-amd.js": widgets / "html-manager" / "dist" / "embed-amd.js"},
     )
+    # Icons are asked for beside the module that shows them: "@jupyter-widgets/html-manager/dist/..."
+    # and "@jupyter-widgets/controls".
+    for beside in (widgets / "html-manager" / "dist", widgets):
+        _unpack(packages["@jupyter-widgets/html-manager"], {"dist/": beside}, suffixes=ICONS)
     _unpack(
         packages["mathjax"],
         {
@@ -938,7 +941,6 @@ def _unpack(
     targets: Mapping[str, Path],
     *,
     suffixes: tuple[str, ...] = ("",),
-    without: tuple[str, ...] = (),
 ) -> None:
     """Copy the named files and folders (ending in ``/``) of an npm package file."""
     done = set()
@@ -949,7 +951,7 @@ def _unpack(
                 if source.endswith("/"):
                     if not inner.startswith(source):
                         continue
-                    if not inner.endswith(suffixes) or inner.endswith(without or ("\0",)):
+                    if not inner.endswith(suffixes):
                         continue
                     path = target / inner.removeprefix(source)
                 elif inner == source:

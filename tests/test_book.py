@@ -610,6 +610,7 @@ def test_scripts_are_fetched_once_and_laid_out(npm):
     assert (js / "require.js").read_text() == "require"
     assert (js / "@jupyter-widgets/html-manager/dist/embed-amd.js").read_text() == "embed"
     assert (js / "@jupyter-widgets/html-manager/dist/icons.woff2").exists()
+    assert (js / "@jupyter-widgets/icons.woff2").exists()  # what the controls ask for
     assert (js / "mathjax/tex-mml-chtml.js").exists()
     assert (js / "mathjax/output/chtml/fonts/woff-v2/MathJax_Main-Regular.woff").exists()
     assert "baseUrl" in (js / "setup.js").read_text()
