@@ -890,7 +890,7 @@ def fetch_scripts(directory: str | Path) -> Path:
         packages["@jupyter-widgets/html-manager"],
         {"dist/embed-amd.js": widgets / "html-manager" / "dist" / "embed-amd.js"},
     )
-    # Icons are asked for beside the module that shows them: "@jupyter-widgets/html-manager/dist/..."
+    # Icons are asked for beside the module that shows them: ".../html-manager/dist/libembed-amd"
     # and "@jupyter-widgets/controls".
     for beside in (widgets / "html-manager" / "dist", widgets):
         _unpack(packages["@jupyter-widgets/html-manager"], {"dist/": beside}, suffixes=ICONS)
