@@ -14,7 +14,6 @@ Each operation returns a changed copy of the encoder; layers keep their names an
 
 from __future__ import annotations
 
-import copy
 import difflib
 import functools
 import math
@@ -249,19 +248,6 @@ def strided(encoder: Encoder) -> list[str]:
     ]
 
 
-def _replace(net: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(net.get_submodule(parent), child, module)
-
-
-def _operated(encoder: Encoder, prefix: str) -> Encoder:
-    changed = copy.deepcopy(encoder)
-    changed._cache = {}  # of other modules
-    changed.name = f"{prefix}:{encoder.name}"
-    changed.weight_hash = store.digest([prefix, encoder.weight_hash])
-    return changed
-
-
 def blurpool(
     encoder: Encoder, *, kernel: str = "tri3", layers: Iterable[str] | None = None
 ) -> Encoder:
@@ -282,9 +268,9 @@ def blurpool(
         )
     if not chosen:
         raise ValueError(f"nothing subsamples in {encoder.name}")
-    changed = _operated(encoder, f"blurpool-{kernel}")
+    changed = encoder.derived(f"blurpool-{kernel}")
     for name in chosen:
-        _replace(changed.net, name, BlurPool(changed.net.get_submodule(name), name, kernel=kernel))
+        changed.replace(name, BlurPool(changed.net.get_submodule(name), name, kernel=kernel))
     return changed
 
 
@@ -303,13 +289,13 @@ def polyphase(encoder: Encoder, *, adaptive: bool = True) -> Encoder:
             f"{encoder.name} adds position embeddings to patches: circular padding cannot make it"
             " shift-consistent; choose a convolutional encoder"
         )
-    changed = _operated(encoder, "polyphase" if adaptive else "circular")
+    changed = encoder.derived("polyphase" if adaptive else "circular")
     phases = _Phases() if adaptive else None
     for name, module in list(changed.net.named_modules()):
         spatial = isinstance(module, (nn.Conv2d, *_POOLS)) and max(_pair(module.kernel_size)) > 1
         strides = isinstance(module, (nn.Conv2d, *_POOLS)) and max(_pair(module.stride)) > 1
         if spatial or strides:
-            _replace(changed.net, name, PolyphaseSampler(module, name, phases=phases))
+            changed.replace(name, PolyphaseSampler(module, name, phases=phases))
     if phases is not None:
         changed.net.register_forward_pre_hook(phases.reset)
     changed.input_size = _divisible(changed)

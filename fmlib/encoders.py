@@ -8,6 +8,7 @@ same architecture untrained, the control of every experiment.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import functools
 import importlib.metadata
@@ -167,6 +168,19 @@ class Encoder(nn.Module):
                 }
             )
         return self._cache[key].copy()
+
+    def derived(self, prefix: str) -> Encoder:
+        """A copy to be operated on, ``prefix:name``, whose `weight_hash` depends on the prefix."""
+        changed = copy.deepcopy(self)
+        changed._cache = {}  # of other modules
+        changed.name = f"{prefix}:{self.name}"
+        changed.weight_hash = store.digest([prefix, self.weight_hash])
+        return changed
+
+    def replace(self, name: str, module: nn.Module) -> None:
+        """Put another module in the place of the one of that name, in `net`."""
+        parent, _, child = name.rpartition(".")
+        setattr(self.net.get_submodule(parent), child, module)
 
     def extra_repr(self) -> str:
         """Name, input size and source."""

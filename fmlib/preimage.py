@@ -56,12 +56,14 @@ if TYPE_CHECKING:
 __all__ = [
     "DATA_WEIGHTS_2016",
     "LAMBDAS_2015",
+    "LBFGS",
     "OBJECTIVES",
     "PRESETS",
     "Adam",
     "AlphaNorm",
     "Bounds",
     "Clamp",
+    "ClippedMomentum",
     "Config",
     "DecayedAdagrad",
     "DeepImagePrior",
@@ -95,7 +97,7 @@ __all__ = [
     "total_variation",
 ]
 
-OBJECTIVES = ("l2", "inner", "cosine")
+OBJECTIVES = ("l2", "inner", "cosine", "squared")
 #: Values of a 227 × 227 colour image, and the norm σ that the constants of 2015 imply for it.
 _COUNT_2015 = 3 * 227 * 227
 _ALPHA_RAW_2015 = 4e-10  # half of the released lambdaL2, as the code halves it
@@ -231,7 +233,7 @@ class Term:
     Attributes:
         code: name of the code (a layer, or "codes" for a matcher with one).
         objective: of `OBJECTIVES`. "l2": ‖Φ − Φ₀‖² / ‖Φ₀‖²; "inner": −⟨Φ, Φ₀⟩ / ‖Φ₀‖²; "cosine":
-            1 − cos(Φ, Φ₀). All over the chosen entries only.
+            1 − cos(Φ, Φ₀); "squared": ‖Φ − Φ₀‖². All over the chosen entries only.
         weight: of this term.
         positions: None for all; n for the central n × n units (2015, §4.2: 5); (top, left, height,
             width) in units; or a boolean mask (h, w).
@@ -316,7 +318,8 @@ class Term:
         norm = reference.square().sum(1)
         if self.objective == "inner":
             return -(found * reference).sum(1) / norm
-        return (found - reference).square().sum(1) / norm
+        squares = (found - reference).square().sum(1)
+        return squares if self.objective == "squared" else squares / norm
 
 
 # ------------------------------------------------------------------------- 2. parameterisations
@@ -333,15 +336,17 @@ class Pixels:
 
     Attributes:
         start: "normal": Gaussian noise scaled to the norm σ (2015); "uniform": noise on ±1 over its
-            95 % quantile, times 80/√3 (2016); "mean": the mean colour.
+            95 % quantile, times 80/√3 (2016); "mean": the mean colour; "faint": uniform noise of
+            ±0.1 levels (Xia et al. 2016).
     """
 
     start: str = "normal"
     bounded: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.start not in ("normal", "uniform", "mean"):
-            raise unknown("start", self.start, ["normal", "uniform", "mean"])
+        starts = ["normal", "uniform", "mean", "faint"]
+        if self.start not in starts:
+            raise unknown("start", self.start, starts)
 
     def begin(
         self, generators: Sequence[torch.Generator], shape: tuple[int, int, int], rms: float
@@ -357,6 +362,8 @@ class Pixels:
                 # kthvalue, since torch.quantile takes no more than 2**24 values
                 rank = max(1, min(x.numel(), math.floor(0.95 * x.numel() + 0.5)))
                 x = x / x.flatten().kthvalue(rank).values * _SCALE_2016 / math.sqrt(3)
+            elif self.start == "faint":
+                x = 0.1 * (2 * _draw(generator, shape, normal=False) - 1)
             else:
                 x = torch.zeros(shape, dtype=torch.float64)
             items.append(x)
@@ -692,9 +699,22 @@ class _Optimiser:
     rate: float
     slots: ClassVar[int]
     pixels_only: ClassVar[bool] = True
+    restarts: ClassVar[bool] = True  #: whether the slots are emptied when the rate changes
 
     def __post_init__(self) -> None:
         require_positive("rate", self.rate)
+
+    def update(
+        self,
+        value: Tensor,
+        gradient: Tensor,
+        slots: Sequence[Tensor],
+        factor: float,
+        step: int,
+        scale: float,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The change of the variable (items, ...) and the new slots."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -709,7 +729,13 @@ class Momentum(_Optimiser):
     slots: ClassVar[int] = 1
 
     def update(
-        self, gradient: Tensor, slots: Sequence[Tensor], factor: float, step: int, scale: float
+        self,
+        value: Tensor,
+        gradient: Tensor,
+        slots: Sequence[Tensor],
+        factor: float,
+        step: int,
+        scale: float,
     ) -> tuple[Tensor, list[Tensor]]:
         """The change of the variable and the new slots."""
         m = self.momentum * slots[0] - self.rate * factor * scale * gradient
@@ -728,7 +754,13 @@ class DecayedAdagrad(_Optimiser):
     slots: ClassVar[int] = 2
 
     def update(
-        self, gradient: Tensor, slots: Sequence[Tensor], factor: float, step: int, scale: float
+        self,
+        value: Tensor,
+        gradient: Tensor,
+        slots: Sequence[Tensor],
+        factor: float,
+        step: int,
+        scale: float,
     ) -> tuple[Tensor, list[Tensor]]:
         """The change of the variable and the new slots."""
         squares = self.momentum * slots[1] + gradient.square()
@@ -746,9 +778,16 @@ class Adam(_Optimiser):
     betas: tuple[float, float] = (0.9, 0.999)
     slots: ClassVar[int] = 2
     pixels_only: ClassVar[bool] = False
+    restarts: ClassVar[bool] = False
 
     def update(
-        self, gradient: Tensor, slots: Sequence[Tensor], factor: float, step: int, scale: float
+        self,
+        value: Tensor,
+        gradient: Tensor,
+        slots: Sequence[Tensor],
+        factor: float,
+        step: int,
+        scale: float,
     ) -> tuple[Tensor, list[Tensor]]:
         """The change of the variable and the new slots."""
         first, second = self.betas
@@ -759,11 +798,125 @@ class Adam(_Optimiser):
 
 
 @dataclass(frozen=True)
+class ClippedMomentum(_Optimiser):
+    """m ← μ m − rate (clip(∇) + decay · x), x ← x + m (Xia et al. 2016, code); for pixels.
+
+    Published for a network on levels. One on unit variance has gradients smaller by orders of
+    magnitude, so each item's are multiplied by what makes their rms `clip` at the first step. The
+    rate then means the same for every network, layer and weight; momentum outlives its changes.
+    """
+
+    rate: float = 0.1
+    momentum: float = 0.9
+    decay: float = 5e-4
+    clip: float = 10.0
+    slots: ClassVar[int] = 2
+    restarts: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive("decay", self.decay, zero=True)
+        require_positive("clip", self.clip)
+
+    def update(
+        self,
+        value: Tensor,
+        gradient: Tensor,
+        slots: Sequence[Tensor],
+        factor: float,
+        step: int,
+        scale: float,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The change of the variable and the new slots."""
+        rms = gradient.square().flatten(1).mean(1).sqrt()
+        gain = torch.where(slots[1].flatten(1)[:, 0] > 0, slots[1].flatten(1)[:, 0],
+                           self.clip / rms.clamp_min(1e-30))  # fmt: skip
+        gain = _along(gain, gradient)
+        clipped = (gain * gradient).clamp(-self.clip, self.clip)
+        m = self.momentum * slots[0] - self.rate * factor * (clipped + self.decay * value)
+        return m, [m, gain.expand_as(gradient).contiguous()]
+
+
+def _along(values: Tensor, like: Tensor) -> Tensor:
+    """(items,) as (items, 1, ...)."""
+    return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).flatten(1).sum(1)
+
+
+@dataclass(frozen=True)
+class LBFGS(_Optimiser):
+    """Limited-memory BFGS (Nocedal 1980) as style transfer uses it: no line search; for pixels.
+
+    Each item has a memory of its own, so that items do not interact. A pair without positive
+    curvature is not remembered; a step is no longer than `reach`, and the first is along the
+    gradient with an rms of `first`.
+    """
+
+    rate: float = 1.0
+    memory: int = 10
+    first: float = 1.0  #: levels
+    reach: float = 16.0  #: levels, rms over the image
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_whole("memory", self.memory, 1)
+        require_positive("first", self.first)
+        require_positive("reach", self.reach)
+
+    @property
+    def slots(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Last gradient, last change; changes s, then differences of gradients y, newest first."""
+        return 2 + 2 * self.memory
+
+    def update(
+        self,
+        value: Tensor,
+        gradient: Tensor,
+        slots: Sequence[Tensor],
+        factor: float,
+        step: int,
+        scale: float,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The change of the variable and the new slots."""
+        before, change, *pairs = slots
+        old_s, old_y = pairs[: self.memory], pairs[self.memory :]
+        difference = gradient - before
+        curvature = _dot(change, difference)
+        taken = curvature > 1e-6 * (_dot(change, change) * _dot(difference, difference)).sqrt()
+        s = [_where(taken, a, b) for a, b in zip([change, *old_s[:-1]], old_s, strict=True)]
+        y = [_where(taken, a, b) for a, b in zip([difference, *old_y[:-1]], old_y, strict=True)]
+        # the two-loop recursion; an empty place has no curvature and changes nothing
+        products = [_dot(a, b) for a, b in zip(s, y, strict=True)]
+        rho = [torch.where(p > 0, 1 / p.clamp_min(1e-38), 0) for p in products]
+        direction, alphas = gradient, []
+        for a, b, r in zip(s, y, rho, strict=True):
+            alphas.append(r * _dot(a, direction))
+            direction = direction - _along(alphas[-1], b) * b
+        squares = _dot(y[0], y[0])
+        length = gradient.square().flatten(1).mean(1).sqrt()
+        steepest = self.first / length.clamp_min(1e-38)
+        known = products[0] > 0
+        inverse = torch.where(known, products[0] / squares.clamp_min(1e-38), steepest)
+        direction = _along(inverse, direction) * direction
+        for a, b, r, alpha in reversed(list(zip(s, y, rho, alphas, strict=True))):
+            direction = direction + _along(alpha - r * _dot(b, direction), a) * a
+        descends = (_dot(direction, gradient) > 0) & direction.flatten(1).isfinite().all(1)
+        direction = _where(descends, direction, _along(steepest, gradient) * gradient)
+        rms = direction.square().flatten(1).mean(1).sqrt()
+        within = (self.reach / rms.clamp_min(1e-38)).clamp(max=1)
+        change = -self.rate * factor * _along(within, direction) * direction
+        return change, [gradient, change, *s, *y]
+
+
+@dataclass(frozen=True)
 class Phase:
     """A stretch of steps at one learning rate.
 
-    When the factor or the transforms change, momentum starts anew (both papers' code); Adam's
-    averages go on.
+    When the factor or the transforms change, momentum starts anew (papers of 2015 and 2016, code);
+    Adam's averages go on.
     """
 
     steps: int
@@ -813,6 +966,12 @@ class Config:
             raise ValueError(
                 f"{type(self.optimiser).__name__} takes steps in levels, for Pixels; "
                 f"use Adam for {what}"
+            )
+        if isinstance(self.optimiser, LBFGS) and (self.projection or self.transforms):
+            raise ValueError(
+                "LBFGS learns from the steps it takes and an objective that stays the same: "
+                "projection must be None and transforms empty (Bounds keeps to a range), or use "
+                "Adam"
             )
         if self.projection is not None and bounded:
             raise ValueError(f"{what} is within [0, 1] by itself: projection must be None")
@@ -876,6 +1035,13 @@ PRESETS: dict[str, Config] = {
         ),
         projection=NormBall(),
     ),
+    # Xia et al. 2016, released code: no prior at all; what ends a run there (an image that changes
+    # by less than 0.5 % in a step) is left to `stop`
+    "xia2016": Config(
+        parameterisation=Pixels("faint"),
+        optimiser=ClippedMomentum(),
+        schedule=tuple(Phase(10, 0.9**k) for k in range(100)),
+    ),
 }  # fmt: skip
 
 
@@ -884,20 +1050,23 @@ def preset(name: str, *, group: str | None = None, stride: float | None = None) 
 
     Args:
         name: "mahendran2015" (networks, 400 steps), "mahendran2015_descriptors" (HOG and dense
-            SIFT, 800 steps) or "mahendran2016".
+            SIFT, 800 steps), "mahendran2016", or "xia2016" (no prior; 1000 steps).
         group: how deep the layer is, which decides on λ: of `LAMBDAS_2015` (shallow by default) or
             of `DATA_WEIGHTS_2016` ("deeper" by default).
         stride: of the layer in pixels; 2016 jitters by a quarter of it (no jitter without; 2015 has
             none).
 
     Raises:
-        ValueError: an unknown name or group, or a stride for 2015.
+        ValueError: an unknown name or group, a group for a preset without any, or a stride for one
+            without jitter.
     """
     if name not in PRESETS:
         raise unknown("preset", name, PRESETS)
     config = PRESETS[name]
     later = name == "mahendran2016"
     groups = DATA_WEIGHTS_2016 if later else LAMBDAS_2015
+    if group is not None and not config.priors:
+        raise ValueError(f"{name} has no prior, so no group of layers is needed")
     if group is not None:
         if group not in groups:
             raise unknown(f"group of layers of {name}", group, groups)
@@ -1118,7 +1287,9 @@ class _Run:
         levels = 255 * start.to(self.device, self.dtype) - self.mean
         low = (self.jitter - 1) // 2
         high = self.jitter - 1 - low
-        return F.pad(levels, (low, high, low, high)).repeat_interleave(restarts, 0)
+        if levels.ndim == 4:
+            levels = levels[:, None].expand(-1, restarts, -1, -1, -1)
+        return F.pad(levels.flatten(0, 1), (low, high, low, high))
 
     # ---------------------------------------------------------------------------------- images
 
@@ -1229,9 +1400,11 @@ class _Run:
         )
         moved, slots = [], []
         for value, gradient, slot in zip(self.variables, gradients, self.slots, strict=True):
-            if fresh and config.optimiser.pixels_only:
+            if fresh and config.optimiser.restarts:
                 slot = [torch.zeros_like(s) for s in slot]
-            change, new = config.optimiser.update(gradient, slot, phase.factor, self.step, scale)
+            change, new = config.optimiser.update(
+                value, gradient, slot, phase.factor, self.step, scale
+            )
             after = value + change
             if config.projection is not None:
                 after = config.projection(after, self.mean)
@@ -1523,7 +1696,8 @@ def invert(
             configuration's. Several names go together, value by value.
         seeds: N of them, 0 to N − 1 by default: give an image's own to have the same result in
             another batch.
-        start: images (N, C, H, W) in [0, 1] to start from instead of noise; for `Pixels`.
+        start: images (N, C, H, W) in [0, 1] to start from instead of noise, or (N, R, C, H, W) for
+            each restart its own; for `Pixels`.
         snapshots: steps (updates done; 0 is the start) at which to keep the images.
         stop: criteria, asked every `config.check_every` steps; an item they stop stays as it is.
         batch_size: most items that go through the matcher at a time (memory); by default as many
@@ -1567,8 +1741,11 @@ def invert(
     if start is not None:
         if not isinstance(config.parameterisation, Pixels):
             raise ValueError("start is for Pixels: other parameterisations start at noise")
-        if tuple(start.shape) != (images, *sizes):
-            raise ValueError(f"start must be {(images, *sizes)}, not {tuple(start.shape)}")
+        if tuple(start.shape) not in ((images, *sizes), (images, restarts, *sizes)):
+            raise ValueError(
+                f"start must be {(images, *sizes)} or {(images, restarts, *sizes)}, "
+                f"not {tuple(start.shape)}"
+            )
     if validate:
         check(known, matcher, shape=sizes, terms=chosen, allow_small=allow_small)
     weights, count = _all_weights(config, penalties, images, restarts)
