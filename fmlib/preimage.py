@@ -95,6 +95,7 @@ __all__ = [
     "structural_similarity",
     "target_error",
     "total_variation",
+    "with_contrast_of",
 ]
 
 OBJECTIVES = ("l2", "inner", "cosine", "squared")
@@ -1951,6 +1952,24 @@ class Errors:
     image_rms: Tensor | None = None  #: root of the mean squared difference, in units of [0, 1]
     ssim: Tensor | None = None  #: 1 for the same image
     agreement: map_scores.Agreement | None = None  #: of the classifier about x₀ and x
+
+
+def with_contrast_of(found: Tensor, originals: Tensor) -> Tensor:
+    """Images (N, C, H, W) with the brightness and contrast that fit the originals best, in [0, 1].
+
+    For looking at pre-images of codes that know neither, such as HOG. Raises ValueError for
+    originals of another shape.
+    """
+    if found.shape != originals.shape or found.ndim != 4:
+        raise ValueError(
+            f"images (N, C, H, W) of one shape are needed, not {tuple(found.shape)} and "
+            f"{tuple(originals.shape)}"
+        )
+    a, b = (images.double().flatten(1) for images in (found, originals.to(found.device)))
+    a, mean = a - a.mean(1, keepdim=True), b.mean(1, keepdim=True)
+    gain = (a * (b - mean)).sum(1, keepdim=True)
+    gain = gain / a.square().sum(1, keepdim=True).clamp_min(1e-12)
+    return (gain * a + mean).view_as(found).clamp(0, 1).to(found)
 
 
 def structural_similarity(x: Tensor, y: Tensor) -> Tensor:

@@ -913,3 +913,17 @@ def test_optimisers_are_checked():
     for make in (Momentum, DecayedAdagrad, Adam):
         with pytest.raises(ValueError, match="rate must be above 0"):
             make(rate=-1.0)
+
+
+def test_with_contrast_of_is_the_best_affine_fit():
+    originals, found = rand(2, 1, 6, 5), 0.3 + 0.1 * rand(2, 1, 6, 5, seed=1)
+    fitted = preimage.with_contrast_of(found, originals)
+    for n in range(2):
+        x, y = (images[n].flatten().numpy() for images in (found, originals))
+        slope, offset = np.polyfit(x, y, 1)
+        wanted = np.clip(slope * x + offset, 0, 1)
+        np.testing.assert_allclose(fitted[n].flatten().numpy(), wanted, rtol=1e-9)
+    dark = 0.2 * originals + 0.1
+    torch.testing.assert_close(preimage.with_contrast_of(dark, originals), originals)
+    with pytest.raises(ValueError, match="of one shape"):
+        preimage.with_contrast_of(found, originals[:1])
