@@ -288,3 +288,142 @@ def test_what_cannot_be_decoded_is_said_and_the_panel_lives_on(decoding):
 def test_bad_parameters_of_a_decoding_are_named(parameters, said):
     with pytest.raises(ValueError, match=said):
         opened("92_explore_decoder", **({"pool": 4, "mixtures": 2} | parameters))
+
+
+# ------------------------------------------------------------------------------------ texture
+
+
+#: A run of the texture notebook that takes little.
+SMALL = {
+    "layer": "features.4", "filters": [3, 60], "shares": 2, "reallocations": 1, "steps": 6,
+    "size": 48, "previews": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def weaving() -> dict[str, Any]:
+    return opened("93_explore_texture", **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("make", "values", "title"),
+    [
+        ("one filter", "3, 60", "filter 60"),
+        ("mixture", "0, 0.5", "50% of the second"),
+        ("reallocation", "7", "draw 7"),
+    ],
+)
+def test_make_shows_every_preview(weaving, make, values, title):
+    weaving["doing"].value, weaving["long"].value = make, 8
+    weaving["asked"].value = values
+    weaving["button"].click()
+    said = worked(weaving)
+    assert "8 of 8 steps" in said
+    assert said.endswith("finished")
+    assert weaving["bar"].value == 2
+    slider = weaving["result"].children[0]
+    assert len(slider.children[0].options) == values.count(",") + 1
+    assert title in slider.children[1].children[-1].value  # the alternative text
+    assert bytes(weaving["preview"].value).startswith(widgets.PNG_SIGNATURE)
+
+
+def test_a_thing_to_make_proposes_its_values(weaving):
+    weaving["doing"].value = "mixture"
+    assert (weaving["asked"].description, weaving["asked"].value) == ("shares", "0, 1")
+    weaving["doing"].value = "reallocation"
+    assert (weaving["asked"].description, weaving["asked"].value) == ("seeds", "0")
+    weaving["doing"].value = "one filter"
+    assert (weaving["asked"].description, weaving["asked"].value) == ("filters", "3, 60")
+
+
+@pytest.mark.parametrize("make", ["one filter", "mixture", "reallocation"])
+def test_parts_of_a_texture_are_one_run(weaving, make):
+    pair, values = weaving["both"], weaving["wanted"][make]
+    at = ("squeezenet1_1", "features.4")
+    call = weaving["planned"](make, values, pair, *at, steps=6, spread=3.0)
+    parts = weaving["explore"](call, values, 6, 3, noise=0)
+    whole = weaving["explore"](call, values, 6, 1, noise=0)
+    other = weaving["explore"](call, values, 6, 1, noise=1)
+    assert [weaving["steps_of"](part) for part in parts] == [2, 4, 6]
+    assert torch.equal(parts[-1].images, whole[-1].images)
+    assert not torch.equal(other[-1].images, whole[-1].images)
+
+
+def test_stopping_a_texture_keeps_what_there_is(weaving, monkeypatch):
+    show = weaving["widgets"].png
+
+    def pressed(frame: Any, **options: Any) -> bytes:
+        weaving["stop"].click()  # while the first preview is drawn
+        return show(frame, **options)
+
+    monkeypatch.setattr(weaving["widgets"], "png", pressed)
+    weaving["doing"].value, weaving["long"].value = "one filter", 8
+    weaving["button"].click()
+    assert "4 of 8 steps" in worked(weaving)
+    assert weaving["status"].value.endswith("stopped")
+    assert weaving["bar"].value == 1
+    assert len(weaving["result"].children) == 1
+
+
+def test_what_cannot_be_woven_is_said_and_the_last_picture_stays(weaving):
+    weaving["doing"].value, weaving["long"].value = "one filter", 8
+    weaving["button"].click()
+    worked(weaving)
+    before = bytes(weaving["preview"].value), weaving["result"].children
+
+    def said(**changes: Any) -> str:
+        former = {name: weaving[name].value for name in changes}
+        for name, value in changes.items():
+            weaving[name].value = value
+        weaving["button"].click()
+        text = worked(weaving)
+        for name, value in former.items():
+            weaving[name].value = value
+        assert (bytes(weaving["preview"].value), weaving["result"].children) == before
+        return text
+
+    assert "from 0 to 127, not 128" in said(asked="3, 128")
+    assert "not &#x27;x&#x27;" in said(asked="3, x") or "not 'x'" in said(asked="3, x")
+    assert "there are none" in said(asked=" , ")
+    assert "features.99" in said(level="features.99")
+    assert "negative" in said(level="features.3.squeeze", asked="3")
+    assert "receptive field" in said(level="features.12")
+    assert "from 0 to 1" in said(doing="mixture", asked="1.5")
+    give(weaving, "x.png", b"no picture")
+    assert "x.png" in said()
+    weaving["upload"].value = ()
+    give(weaving, "mine.png", widgets.png(torch.rand(3, 60, 80)))
+    weaving["button"].click()
+    assert "8 of 8 steps" in worked(weaving)
+    assert bytes(weaving["preview"].value) != before[0]
+    weaving["upload"].value = ()
+
+
+def test_another_encoder_brings_layers_without_negative_values(weaving):
+    weaving["model"].value = "efficientnet_lite0"
+    assert "blocks.2.1.bn2" in weaving["level"].options
+    assert "blocks.2" in weaving["level"].options  # recommended: for mixtures
+    assert "blocks.2.1.conv_dw" not in weaving["level"].options
+    weaving["model"].value = "squeezenet1_2"
+    assert "squeezenet1_1" in weaving["status"].value  # the closest name
+    weaving["model"].value = "squeezenet1_1"
+    assert weaving["status"].value == ""
+    weaving["level"].value = "features.4"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        ({"picture": "031_citrus_slice"}, "031_citrus_slices"),
+        ({"second": "nowhere.jpg"}, "nowhere.jpg"),
+        ({"layer": "features.77"}, "features.77"),
+        ({"filters": [128]}, "from 0 to 127, not 128"),
+        ({"filters": []}, "no channel"),
+        ({"shares": 1}, "shares"),
+        ({"steps": 1001}, "1000"),
+        ({"layer": "features.3.squeeze"}, "negative"),
+    ],
+)
+def test_bad_parameters_of_a_texture_are_named(parameters, said):
+    with pytest.raises(ValueError, match=said):
+        opened("93_explore_texture", **(SMALL | parameters))
