@@ -43,6 +43,7 @@ bench: $(READY)  ## measure speed as ratios against named baselines
 	$(BIN)/python benchmarks/maps.py
 	$(BIN)/python benchmarks/preimage.py
 	$(BIN)/python benchmarks/upconv.py
+	$(BIN)/python benchmarks/texture.py
 
 lock: $(READY)  ## resolve every version and hash anew
 	$(BIN)/uv pip compile pyproject.toml --group test --group lint --group lab --universal \

@@ -2,6 +2,7 @@
 
     python benchmarks/texture.py [--clock wall|cpu] [--threads N] [--repeats 3] [--size 112]
         [--steps 4] [--batches 4 16 48] [--singles 3] [--long 100] [--device cpu]
+        [--only filters grams optimisers]
 
 Three filter textures (`texture.one_filter`, inverted by `texture.invert_codes` in the published
 setting without a prior) and one synthesis from Gram matrices (`texture.synthesise`). The baseline,
@@ -20,6 +21,8 @@ cache may hold). `limits` names what holds a step back.
 `optimisers`: Adam against L-BFGS on Gram matrices. Both run `long` steps; the loss L-BFGS has
 reached when it has taken as much time as Adam is compared with Adam's, image by image.
 
+With `--only` the other sections stay as the file has them, if its settings are the same.
+
 Only ratios mean anything. On a machine that others use as well, let the clock be "cpu", the
 processor time of this process, and set OMP_WAIT_POLICY=passive. On a GPU the clock has to be
 "wall". Results go to results/benchmarks/texture.json.
@@ -33,6 +36,7 @@ import json
 import platform
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +57,7 @@ FILTERS = (
 )
 #: Encoder and layers whose Gram matrices are matched.
 GRAMS = ("squeezenet1_1", ("features.1", "features.4", "features.7"))
+SECTIONS = ("filters", "grams", "optimisers")
 CLOCK_WORDS = {"cpu": "processor time of this process", "wall": "time passed"}
 #: A part of a step at a ceiling has at least this share of it.
 AT_CEILING = 0.6
@@ -164,17 +169,17 @@ def parts_of(
     plain = preimage.Taps(matcher.encoder, matcher.layers)
 
     def there() -> dict[str, Tensor]:
-        return plain(x.clone().requires_grad_())
+        return plain(x.detach().requires_grad_())
 
     def there_and_back() -> None:
-        leaf = x.clone().requires_grad_()
+        leaf = x.detach().requires_grad_()
         code = plain(leaf)[plain.layers[-1]]
         torch.autograd.grad(code, leaf, torch.ones_like(code))
 
     codes = {name: value.detach() for name, value in there().items()}
 
     def judged() -> None:
-        leaves = {name: value.clone().requires_grad_() for name, value in codes.items()}
+        leaves = {name: value.detach().requires_grad_() for name, value in codes.items()}
         torch.autograd.grad(objective(leaves).sum(), list(leaves.values()))
 
     calls = {
@@ -215,19 +220,18 @@ def parts_of(
 def limit(shares: dict[str, float], of_ceilings: dict[str, float]) -> str:
     """What holds a step back, in words."""
     inside = shares["network, there"] + shares["network, back"]
-    part = "the network" if inside >= 0.5 else max(shares, key=lambda name: shares[name])
-    share = inside if part == "the network" else shares[part]
+    outside = max(list(shares)[2:], key=lambda name: shares[name])
     products, moves = of_ceilings["matrix products"], of_ceilings["memory"]
-    if part != "the network":
-        kind = "work outside the network"
+    if inside < shares[outside]:
+        kind = outside
     elif max(products, moves) < AT_CEILING:
-        kind = "neither products nor memory, so many small operations"
+        kind = "the network, with neither ceiling near"
     else:
-        kind = "products of matrices" if products > moves else "moving activations"
-    cached = " (caches hold part of them)" if moves > 1 else ""
+        kind = f"the network, by {'products' if products > moves else 'moving activations'}"
     return (
-        f"{kind}: {part} takes {share:.0%} of a step, its products reach {products:.0%} of the "
-        f"ceiling, its activations move at {moves:.0%} of the speed of a plain copy{cached}"
+        f"{kind}: the network takes {inside:.0%} of a step, {outside} {shares[outside]:.0%}; the "
+        f"network's products reach {products:.0%} of the ceiling, its activations move at "
+        f"{moves:.0%} of the speed of a plain copy{' (caches hold some)' if moves > 1 else ''}"
     )
 
 
@@ -373,6 +377,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[4, 16, 48])
     parser.add_argument("--singles", type=int, default=3, help="textures of the baseline")
     parser.add_argument("--long", type=int, default=USUAL_STEPS, help="steps of an optimiser")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
@@ -384,37 +389,46 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if device.type == "cuda" and options.clock != "wall":
         parser.error("on a GPU the clock has to be wall: processor time does not see it work")
     known = ceilings(options.clock, device)
-    rows, limits = [], {}
-    for count in range(len(FILTERS) + 1):
-        of_filters = count < len(FILTERS)
-        row = filters(*FILTERS[count], known, options) if of_filters else grams(known, options)
-        rows.append(row)
-        limits[f"{row['made']}, {row['encoder']} {row['layer']}"] = limit(
-            row["shares"], row["ceilings"]
-        )
+    gpu = device.type == "cuda"
+    settings = {
+        "clock": f"{options.clock} ({CLOCK_WORDS[options.clock]})",
+        "threads": options.threads,
+        "repeats": options.repeats,
+        "steps": options.steps,
+        "size": options.size,
+        "device": torch.cuda.get_device_name() if gpu else "cpu",
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+    }
+    before = json.loads(options.output.read_text()) if options.output.is_file() else {}
+    if before.get("settings") != settings:
+        before = {}
+    rows = {(row["made"], row["encoder"], row["layer"]): row for row in before.get("rows", [])}
+    compared, limits = before.get("optimisers", {}), before.get("limits", {})
+
+    def keep() -> None:
+        baseline = f"one at a time: the same call, a single texture, {USUAL_STEPS} steps each"
+        whole = {"settings": settings, "baseline": baseline, "rows": list(rows.values())}
+        store.write_json(options.output, whole | {"limits": limits, "optimisers": compared})
+
+    calls: list[Callable[[], dict[str, Any]]] = []
+    if "filters" in options.only:
+        calls += [partial(filters, *one, known, options) for one in FILTERS]
+    if "grams" in options.only:
+        calls.append(partial(grams, known, options))
+    for call in calls:
+        row = call()
+        key = (row["made"], row["encoder"], row["layer"])
+        limits[f"{key[0]}, {key[1]} {key[2]}"] = limit(row["shares"], row["ceilings"])
         seconds = row.pop("seconds")
         row["milliseconds_per_texture_and_step"] = {k: 1e3 * v for k, v in seconds.items()}
+        rows[key] = row
         print(json.dumps(row, indent=1), flush=True)
-    compared = optimisers(options)
+        keep()
+    if "optimisers" in options.only:
+        compared |= optimisers(options)
+        keep()
     print(json.dumps({"limits": limits, "optimisers": compared}, indent=1))
-    gpu = device.type == "cuda"
-    whole = {
-        "settings": {
-            "clock": f"{options.clock} ({CLOCK_WORDS[options.clock]})",
-            "threads": options.threads,
-            "repeats": options.repeats,
-            "steps": options.steps,
-            "size": options.size,
-            "device": torch.cuda.get_device_name() if gpu else "cpu",
-            "machine": platform.machine(),
-            "torch": torch.__version__,
-        },
-        "baseline": f"one at a time: the same call, a single texture, {USUAL_STEPS} steps each",
-        "rows": rows,
-        "limits": limits,
-        "optimisers": compared,
-    }
-    store.write_json(options.output, whole)
 
 
 if __name__ == "__main__":

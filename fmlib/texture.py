@@ -245,6 +245,11 @@ def relative_distances(statistics: Tensor, others: Tensor | None = None) -> Tens
     lengths = a.norm(dim=1)[:, None] * b.norm(dim=1)
     if not bool((lengths > 0).all()):
         raise ValueError("a statistic is zero everywhere: it has no relative distance")
+    rows = a if others is None else torch.cat([a, b])
+    if rows.shape[1] > 2 * len(rows):
+        # a rotation into their span keeps distances, of fewer numbers
+        rows = torch.linalg.qr(rows.mT, mode="r").R.mT
+    a, b = rows[: len(a)], rows[-len(b) :]
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist") / lengths.sqrt()
 
 

@@ -408,6 +408,88 @@ INVARIANTS: dict[str, dict[str, Callable[[Values], bool]]] = {
         "shares of steps are shares": lambda m: all(0 <= x <= 1 for x in of(m, "steps_share_")),
         "edits reach the decoded picture": lambda m: min(of(m, "seen_")) > 0,
     },
+    "50_filter_textures": {
+        "a share is one": lambda m: all(
+            0 <= x <= 1
+            for start in ("share_shallow_", "share_deep_", "share_photograph_")
+            for x in of(m, start)
+        ),
+        "a texture has more of its code in the filter than the photograph": lambda m: (
+            m["share_deep_squeezenet1_1"] > m["share_photograph_deep"]
+        ),
+        "it is nearer to its target than no activation": lambda m: (
+            max(of(m, "error_shallow_") + of(m, "error_deep_")) < 1.01
+        ),
+        "there is at least one colour": lambda m: (
+            min(of(m, "colours_shallow_") + of(m, "colours_deep_")) >= 1
+        ),
+        "entropies are at most that of all orientations": lambda m: all(
+            0 <= x <= math.log2(18)
+            for start in ("orientation_shallow_", "orientation_deep_")
+            for x in of(m, start)
+        ),
+        "a filter's textures are nearer to one another": lambda m: (
+            m["gram_within_squeezenet1_1"] < m["gram_between_squeezenet1_1"]
+        ),
+    },
+    "51_identifiability": {
+        "a shallow texture finds its filter": lambda m: m["map_features_1"] > 2 * m["chance"],
+        "it is the filter that is found, not the photograph": lambda m: (
+            m["filter_less_photo_all"] > 0
+        ),
+        "a filter's textures lie nearer than others": lambda m: (
+            m["within"] < m["between"] and m["ratio_all"] > 1
+        ),
+        "another start moves less than another filter": lambda m: m["again"] < m["between"],
+        "shares are shares": lambda m: all(
+            0 <= x <= 1 for x in of(m, "identified_") + of(m, "dead_") + of(m, "leak_")
+        ),
+    },
+    "52_energy": {
+        "the published gradient is that of the linear kernel": lambda m: m["identity_error"] < 1e-9,
+        "published shares are far from shares of a whole": lambda m: m["gross_shallow"] > 2,
+        "a photograph is its own content, a style its own style": lambda m: (
+            abs(m["contours_of_photograph"] - 1) < 1e-6
+            and abs(m["gain_of_style_picture"] - 1) < 1e-6
+            and m["changed_of_photograph"] < 1e-6
+        ),
+        "published codes are missed by more than unchanged ones": lambda m: (
+            m["reach_error_published_features_4"] > m["reach_error_unchanged_features_4"]
+        ),
+        "energies of a style picture are reached better than shuffled ones": lambda m: (
+            m["reach_sums_over_shuffled"] > 0
+        ),
+        "colours cost no contours": lambda m: m["contours_plain"] > 0.9,
+    },
+    "53_gram": {
+        "the style loss is an MMD": lambda m: m["mmd_deviation"] < 1e-3,
+        "a covariance is shorter than its Gram matrix": lambda m: (
+            0 < min(of(m, "covariance_share_")) and max(of(m, "covariance_share_")) < 1
+        ),
+        "another window is nearer than another texture": lambda m: max(of(m, "retest_")) < 1,
+        "statistics that are matched come nearer": lambda m: max(m["own_means"], m["own_gram"]) < 1,
+        "paired differences are differences": lambda m: (
+            abs(m["error_gram_gram"] - m["error_means_gram"] - m["gram_less_means_gram"]) < 1e-9
+        ),
+    },
+    "54_texture_basis": {
+        "parts learned from photographs are purer than filters": lambda m: (
+            m["purity_nmf_less_filters"] > 0
+        ),
+        "a texture has more of its direction than photographs have": lambda m: (
+            min(m["purity_times_filters"], m["purity_times_nmf"]) > 1
+        ),
+        "pure filters would explain the diagonal only": lambda m: (
+            m["gram_share_pure_filters"] < min(m["gram_share_pure_nmf"], m["gram_share_filters"], 0.5)
+        ),
+        "channel energies are easier than Gram matrices": lambda m: all(
+            m[f"energy_share_{f}"] > m[f"gram_share_{f}"]
+            for f in ("filters", "nmf", "photographs", "mean")
+        ),
+        "photographs are better primitives than filters": lambda m: (
+            m["gram_photographs_less_filters"] > 0 and m["energy_photographs_less_filters"] > 0
+        ),
+    },
     "90_explore_shifts": {
         "the least pair is below the mean": lambda m: 0 < m["least_pair"] < m["pairs_cosine"] < 1,
     },
@@ -436,6 +518,18 @@ INVARIANTS: dict[str, dict[str, Callable[[Values], bool]]] = {
     "92_explore_decoder": {
         "the code helps, and changing it harms": lambda m: (
             0 < m["error_plain"] < min(m["error_changed"], m["error_mean_image"])
+        ),
+    },
+    "93_explore_texture": {
+        "filters gain energy in their textures": lambda m: (
+            0 <= m["filter_share_picture"] < m["filter_share_texture"] < 1
+        ),
+        "either end of the mixtures is nearer to its own photograph": lambda m: (
+            m["first_end_to_first"] < m["first_end_to_second"]
+            and m["last_end_to_second"] < m["last_end_to_first"]
+        ),
+        "reallocated codes come nearer": lambda m: (
+            0 < m["reallocation_error"] < m["reallocation_start"]
         ),
     },
 }

@@ -181,6 +181,9 @@ def test_relative_distances_do_not_depend_on_scale():
     assert found.shape == (4, 4)
     torch.testing.assert_close(found, found.T)
     assert float(found.diagonal().abs().max()) == 0
+    difference = float((grams[0] - grams[3]).norm())
+    lengths = float(grams[0].norm() * grams[3].norm())
+    assert float(found[0, 3]) == pytest.approx(difference / math.sqrt(lengths), rel=1e-9)
     torch.testing.assert_close(texture.relative_distances(7 * grams), found)
     torch.testing.assert_close(texture.relative_distances(grams[:2], grams[2:]), found[:2, 2:])
     with pytest.raises(ValueError, match="zero everywhere"):
