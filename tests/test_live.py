@@ -401,9 +401,9 @@ def test_what_cannot_be_woven_is_said_and_the_last_picture_stays(weaving):
 
 def test_another_encoder_brings_layers_without_negative_values(weaving):
     weaving["model"].value = "efficientnet_lite0"
-    assert "blocks.2.1.bn2" in weaving["level"].options
+    assert "blocks.2.0.bn2" in weaving["level"].options
     assert "blocks.2" in weaving["level"].options  # recommended: for mixtures
-    assert "blocks.2.1.conv_dw" not in weaving["level"].options
+    assert "blocks.2.0.conv_dw" not in weaving["level"].options
     weaving["model"].value = "squeezenet1_2"
     assert "squeezenet1_1" in weaving["status"].value  # the closest name
     weaving["model"].value = "squeezenet1_1"

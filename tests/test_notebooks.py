@@ -464,7 +464,7 @@ INVARIANTS: dict[str, dict[str, Callable[[Values], bool]]] = {
     "53_gram": {
         "the style loss is an MMD": lambda m: m["mmd_deviation"] < 1e-3,
         "a covariance is shorter than its Gram matrix": lambda m: (
-            0 < min(of(m, "covariance_share_")) and max(of(m, "covariance_share_")) < 1
+            min(of(m, "covariance_share_")) > 0 and max(of(m, "covariance_share_")) < 1
         ),
         "another window is nearer than another texture": lambda m: max(of(m, "retest_")) < 1,
         "statistics that are matched come nearer": lambda m: max(m["own_means"], m["own_gram"]) < 1,
@@ -480,7 +480,8 @@ INVARIANTS: dict[str, dict[str, Callable[[Values], bool]]] = {
             min(m["purity_times_filters"], m["purity_times_nmf"]) > 1
         ),
         "pure filters would explain the diagonal only": lambda m: (
-            m["gram_share_pure_filters"] < min(m["gram_share_pure_nmf"], m["gram_share_filters"], 0.5)
+            m["gram_share_pure_filters"]
+            < min(m["gram_share_pure_nmf"], m["gram_share_filters"], 0.5)
         ),
         "channel energies are easier than Gram matrices": lambda m: all(
             m[f"energy_share_{f}"] > m[f"gram_share_{f}"]
