@@ -421,7 +421,7 @@ def test_another_encoder_brings_layers_without_negative_values(weaving):
         ({"filters": []}, "no channel"),
         ({"shares": 1}, "shares"),
         ({"steps": 1001}, "1000"),
-        ({"layer": "features.3.squeeze"}, "negative"),
+        ({"layer": "features.3.squeeze", "filters": [3]}, "negative"),
     ],
 )
 def test_bad_parameters_of_a_texture_are_named(parameters, said):
