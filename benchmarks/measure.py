@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import torch
 
 #: Seconds passed, or of processor time of this process.
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def waited(call: Callable[[], Any], clock: str, device: torch.device) -> tuple[Any, float]:
+    """What a call gives, and its seconds once the device has done it."""
+    start = CLOCKS[clock]()
+    result = call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return result, CLOCKS[clock]() - start
 
 
 def memory(*, reset: bool = False) -> tuple[float, float]:

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import CLOCKS
+from measure import CLOCKS, waited
 from torch import Tensor, nn
 
 from fmlib import encoders, extract, images, preimage, store
@@ -42,15 +42,6 @@ from fmlib import encoders, extract, images, preimage, store
 PUBLISHED_STEPS = 400
 #: Wanted: inversions per minute over those of the usual loop, at the middle layer.
 TARGET = 3.0
-
-
-def waited(call: Callable[[], Any], clock: str, device: torch.device) -> tuple[Any, float]:
-    """What a call gives, and its seconds once the device has done it."""
-    start = CLOCKS[clock]()
-    result = call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return result, CLOCKS[clock]() - start
 
 
 def usual_loop(

@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import CLOCKS
+from measure import CLOCKS, waited
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -64,15 +64,6 @@ AT_CEILING = 0.6
 
 #: Makes textures of the chosen targets in so many steps: (targets,) losses.
 Make = Callable[[Sequence[int], int], Tensor]
-
-
-def waited(call: Callable[[], Any], clock: str, device: torch.device) -> tuple[Any, float]:
-    """What a call gives, and its seconds once the device has done it."""
-    start = CLOCKS[clock]()
-    result = call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return result, CLOCKS[clock]() - start
 
 
 def ceilings(clock: str, device: torch.device) -> dict[str, float]:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from . import preimage, taps
-from .errors import require_whole, unknown
+from .errors import named_value, require_whole, unknown
 
 if TYPE_CHECKING:
     from .encoders import Encoder
@@ -198,16 +198,13 @@ def make(text: str) -> Change:
     Raises:
         ValueError: an unknown kind, or a value that is missing, not wanted or out of range.
     """
-    name, colon, given = text.partition(":")
-    if name not in _KINDS:
-        raise unknown("change of a code", name, _KINDS)
+    defaults = {n: kind.default for n, kind in _KINDS.items()}
+    name, given = named_value("change of a code", text, defaults)
     kind = _KINDS[name]
     if kind.default is None:
-        if colon:
-            raise ValueError(f"{name} takes no value, not {given!r}")
         return Change(name, None)
     try:
-        value = float(given) if colon else float(kind.default)
+        value = float(given)
     except ValueError:
         raise ValueError(f"{text!r}: {given!r} is not a number") from None
     if not kind.low <= value <= kind.high or (kind.whole and value != int(value)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 def unknown(what: str, given: object, choices: Iterable[str]) -> ValueError:
@@ -13,6 +13,23 @@ def unknown(what: str, given: object, choices: Iterable[str]) -> ValueError:
     close = difflib.get_close_matches(str(given), choices, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return ValueError(f"unknown {what} {given!r}: {', '.join(choices)}{hint}")
+
+
+def named_value(what: str, text: str, defaults: Mapping[str, float | None]) -> tuple[str, str]:
+    """``name`` or ``name:value`` as the name and the value's text, the default's if none is given.
+
+    A default of None means that the name takes no value, and its text is "". Raises ValueError for
+    an unknown name, or a value that is not wanted.
+    """
+    name, colon, given = text.partition(":")
+    if name not in defaults:
+        raise unknown(what, name, defaults)
+    default = defaults[name]
+    if default is None:
+        if colon:
+            raise ValueError(f"{name} takes no value, not {given!r}")
+        return name, ""
+    return name, given if colon else f"{default:g}"
 
 
 def require_positive(what: str, value: float, *, zero: bool = False) -> None:

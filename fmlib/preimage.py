@@ -693,6 +693,18 @@ class RandomRotation:
 # ---------------------------------------------------------------------------------- optimisers
 
 
+@dataclass(frozen=True, eq=False)
+class _Moment:
+    """What an optimiser is told of one variable at a step."""
+
+    value: Tensor  #: (items, ...), as the gradient and the slots
+    gradient: Tensor
+    slots: Sequence[Tensor]
+    factor: float  #: of the rate
+    step: int
+    scale: float  #: of the objective, for pixels
+
+
 @dataclass(frozen=True)
 class _Optimiser:
     """What all have: a rate, and an `update` that gives the change and the new slots."""
@@ -705,15 +717,7 @@ class _Optimiser:
     def __post_init__(self) -> None:
         require_positive("rate", self.rate)
 
-    def update(
-        self,
-        value: Tensor,
-        gradient: Tensor,
-        slots: Sequence[Tensor],
-        factor: float,
-        step: int,
-        scale: float,
-    ) -> tuple[Tensor, list[Tensor]]:
+    def update(self, at: _Moment) -> tuple[Tensor, list[Tensor]]:
         """The change of the variable (items, ...) and the new slots."""
         raise NotImplementedError
 
@@ -729,17 +733,9 @@ class Momentum(_Optimiser):
     momentum: float = 0.9
     slots: ClassVar[int] = 1
 
-    def update(
-        self,
-        value: Tensor,
-        gradient: Tensor,
-        slots: Sequence[Tensor],
-        factor: float,
-        step: int,
-        scale: float,
-    ) -> tuple[Tensor, list[Tensor]]:
+    def update(self, at: _Moment) -> tuple[Tensor, list[Tensor]]:
         """The change of the variable and the new slots."""
-        m = self.momentum * slots[0] - self.rate * factor * scale * gradient
+        m = self.momentum * at.slots[0] - self.rate * at.factor * at.scale * at.gradient
         return m, [m]
 
 
@@ -754,19 +750,11 @@ class DecayedAdagrad(_Optimiser):
     momentum: float = 0.9
     slots: ClassVar[int] = 2
 
-    def update(
-        self,
-        value: Tensor,
-        gradient: Tensor,
-        slots: Sequence[Tensor],
-        factor: float,
-        step: int,
-        scale: float,
-    ) -> tuple[Tensor, list[Tensor]]:
+    def update(self, at: _Moment) -> tuple[Tensor, list[Tensor]]:
         """The change of the variable and the new slots."""
-        squares = self.momentum * slots[1] + gradient.square()
-        m = self.momentum * slots[0] - gradient / (
-            1 / (self.rate * factor * scale) + squares.sqrt()
+        squares = self.momentum * at.slots[1] + at.gradient.square()
+        m = self.momentum * at.slots[0] - at.gradient / (
+            1 / (self.rate * at.factor * at.scale) + squares.sqrt()
         )
         return m, [m, squares]
 
@@ -781,21 +769,13 @@ class Adam(_Optimiser):
     pixels_only: ClassVar[bool] = False
     restarts: ClassVar[bool] = False
 
-    def update(
-        self,
-        value: Tensor,
-        gradient: Tensor,
-        slots: Sequence[Tensor],
-        factor: float,
-        step: int,
-        scale: float,
-    ) -> tuple[Tensor, list[Tensor]]:
+    def update(self, at: _Moment) -> tuple[Tensor, list[Tensor]]:
         """The change of the variable and the new slots."""
         first, second = self.betas
-        m = first * slots[0] + (1 - first) * gradient
-        v = second * slots[1] + (1 - second) * gradient.square()
-        root = (v / (1 - second ** (step + 1))).sqrt() + 1e-8
-        return -self.rate * factor * m / (1 - first ** (step + 1)) / root, [m, v]
+        m = first * at.slots[0] + (1 - first) * at.gradient
+        v = second * at.slots[1] + (1 - second) * at.gradient.square()
+        root = (v / (1 - second ** (at.step + 1))).sqrt() + 1e-8
+        return -self.rate * at.factor * m / (1 - first ** (at.step + 1)) / root, [m, v]
 
 
 @dataclass(frozen=True)
@@ -819,23 +799,14 @@ class ClippedMomentum(_Optimiser):
         require_positive("decay", self.decay, zero=True)
         require_positive("clip", self.clip)
 
-    def update(
-        self,
-        value: Tensor,
-        gradient: Tensor,
-        slots: Sequence[Tensor],
-        factor: float,
-        step: int,
-        scale: float,
-    ) -> tuple[Tensor, list[Tensor]]:
+    def update(self, at: _Moment) -> tuple[Tensor, list[Tensor]]:
         """The change of the variable and the new slots."""
-        rms = gradient.square().flatten(1).mean(1).sqrt()
-        gain = torch.where(slots[1].flatten(1)[:, 0] > 0, slots[1].flatten(1)[:, 0],
-                           self.clip / rms.clamp_min(1e-30))  # fmt: skip
-        gain = _along(gain, gradient)
-        clipped = (gain * gradient).clamp(-self.clip, self.clip)
-        m = self.momentum * slots[0] - self.rate * factor * (clipped + self.decay * value)
-        return m, [m, gain.expand_as(gradient).contiguous()]
+        rms = at.gradient.square().flatten(1).mean(1).sqrt()
+        first = _along(self.clip / rms.clamp_min(1e-30), at.gradient)
+        gain = torch.where(at.slots[1] > 0, at.slots[1], first)
+        clipped = (gain * at.gradient).clamp(-self.clip, self.clip)
+        m = self.momentum * at.slots[0] - self.rate * at.factor * (clipped + self.decay * at.value)
+        return m, [m, gain]
 
 
 def _along(values: Tensor, like: Tensor) -> Tensor:
@@ -872,19 +843,11 @@ class LBFGS(_Optimiser):
         """Last gradient, last change; changes s, then differences of gradients y, newest first."""
         return 2 + 2 * self.memory
 
-    def update(
-        self,
-        value: Tensor,
-        gradient: Tensor,
-        slots: Sequence[Tensor],
-        factor: float,
-        step: int,
-        scale: float,
-    ) -> tuple[Tensor, list[Tensor]]:
+    def update(self, at: _Moment) -> tuple[Tensor, list[Tensor]]:
         """The change of the variable and the new slots."""
-        before, change, *pairs = slots
+        before, change, *pairs = at.slots
         old_s, old_y = pairs[: self.memory], pairs[self.memory :]
-        difference = gradient - before
+        difference = at.gradient - before
         curvature = _dot(change, difference)
         taken = curvature > 1e-6 * (_dot(change, change) * _dot(difference, difference)).sqrt()
         s = [_where(taken, a, b) for a, b in zip([change, *old_s[:-1]], old_s, strict=True)]
@@ -892,24 +855,24 @@ class LBFGS(_Optimiser):
         # the two-loop recursion; an empty place has no curvature and changes nothing
         products = [_dot(a, b) for a, b in zip(s, y, strict=True)]
         rho = [torch.where(p > 0, 1 / p.clamp_min(1e-38), 0) for p in products]
-        direction, alphas = gradient, []
+        direction, alphas = at.gradient, []
         for a, b, r in zip(s, y, rho, strict=True):
             alphas.append(r * _dot(a, direction))
             direction = direction - _along(alphas[-1], b) * b
         squares = _dot(y[0], y[0])
-        length = gradient.square().flatten(1).mean(1).sqrt()
+        length = at.gradient.square().flatten(1).mean(1).sqrt()
         steepest = self.first / length.clamp_min(1e-38)
         known = products[0] > 0
         inverse = torch.where(known, products[0] / squares.clamp_min(1e-38), steepest)
         direction = _along(inverse, direction) * direction
         for a, b, r, alpha in reversed(list(zip(s, y, rho, alphas, strict=True))):
             direction = direction + _along(alpha - r * _dot(b, direction), a) * a
-        descends = (_dot(direction, gradient) > 0) & direction.flatten(1).isfinite().all(1)
-        direction = _where(descends, direction, _along(steepest, gradient) * gradient)
+        descends = (_dot(direction, at.gradient) > 0) & direction.flatten(1).isfinite().all(1)
+        direction = _where(descends, direction, _along(steepest, at.gradient) * at.gradient)
         rms = direction.square().flatten(1).mean(1).sqrt()
         within = (self.reach / rms.clamp_min(1e-38)).clamp(max=1)
-        change = -self.rate * factor * _along(within, direction) * direction
-        return change, [gradient, change, *s, *y]
+        change = -self.rate * at.factor * _along(within, direction) * direction
+        return change, [at.gradient, change, *s, *y]
 
 
 @dataclass(frozen=True)
@@ -1404,7 +1367,7 @@ class _Run:
             if fresh and config.optimiser.restarts:
                 slot = [torch.zeros_like(s) for s in slot]
             change, new = config.optimiser.update(
-                value, gradient, slot, phase.factor, self.step, scale
+                _Moment(value, gradient, slot, phase.factor, self.step, scale)
             )
             after = value + change
             if config.projection is not None:

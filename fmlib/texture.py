@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from . import preimage, taps
 from .encoders import Encoder
-from .errors import require_positive, require_whole, unknown
+from .errors import named_value, require_positive, require_whole, unknown
 
 __all__ = [
     "KERNELS",
@@ -297,17 +297,13 @@ def _make(text: str) -> Callable[[Tensor], Tensor]:
     """A statistic by its name, ``kind`` or ``kind:value``; "" is the code itself."""
     if not text:
         return lambda code: code
-    name, colon, given = text.partition(":")
-    if name not in _KINDS:
-        raise unknown("statistic", name, _KINDS)
+    name, given = named_value("statistic", text, {n: kind.default for n, kind in _KINDS.items()})
     kind = _KINDS[name]
     if kind.default is None:
-        if colon:
-            raise ValueError(f"{name} takes no value, not {given!r}")
         return lambda code: kind.does(code, 0)
-    if colon and not (given.isascii() and given.isdigit() and int(given)):
+    if not (given.isascii() and given.isdigit() and int(given)):
         raise ValueError(f"{name} takes a whole number, at least 1, not {given!r}")
-    value = int(given) if colon else kind.default
+    value = int(given)
     return lambda code: kind.does(code, value)
 
 
